@@ -1,0 +1,268 @@
+"""The embedded model: a small GPT-2 that has read the source of Python's standard library.
+
+    python -m data.stdlib          # makes data/stdlib/ again, from nothing: tokenizer, model
+
+The text is not in the repository: it is the standard library of the Python that runs this, without
+its tests and its tables. It is split into train and val by a hash of each file's name, so that a
+file stays on its side in every version of Python.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sysconfig
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gpt2 import DATA, END_OF_TEXT, GPT, GPTConfig, Progress, UserError, load_tokenizer
+from gpt2 import printable_bytes, write_atomic, write_safetensors
+
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
+
+
+def read_files(split, folder=None):
+    """The library's source files of one split, as {name: text}, in the order of their names.
+
+    Raises:
+        UserError: if this Python has no source of its library on disk.
+    """
+    folder = Path(folder or sysconfig.get_paths()["stdlib"])
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    names = [
+        name
+        for name in names
+        if not LEFT_OUT & set(name.split("/")) and "_sysconfigdata" not in name
+    ]
+    if len(names) < 100:
+        raise UserError(
+            f"{folder} holds {len(names)} source files of Python's standard library, at least 100 "
+            "are needed: run this with a Python that has its library's source on disk"
+        )
+    is_val = {
+        name: hashlib.sha256(name.encode()).digest()[0] < 26 for name in names
+    }  # one file in ten
+    return {
+        name: (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in names
+        if is_val[name] == (split == "val")
+    }
+
+
+def load_tokens(tokenizer, split):
+    """Token ids of a split (1-D uint16): its files, joined by end-of-text."""
+    tokens = []
+    for document in tokenizer.encode_ordinary_batch(list(read_files(split).values())):
+        tokens += document + [tokenizer.eot_token]
+    return np.array(tokens[:-1], dtype=np.uint16)
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest pair of neighbours, again and again.
+
+    Args:
+        texts: strings to learn from.
+        vocab_size: tokens in all, the 256 bytes and end-of-text among them.
+
+    Returns:
+        the merges in order, each a pair of byte strings.
+    """
+    # GPT-2's split into words, without the `regex` package: the same on all but exotic digits
+    words = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+    counts = Counter(word for text in texts for word in words.findall(text))
+    words = [[bytes([byte]) for byte in word.encode()] for word in counts]
+    counts = list(counts.values())
+    pairs, where = (
+        Counter(),
+        defaultdict(set),
+    )  # how often a pair stands side by side; in which words
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    merges, made = [], set()
+    while len(merges) < vocab_size - 257:
+        best = max(
+            pairs, key=lambda pair: (pairs[pair], pair)
+        )  # ties broken by the bytes: repeatable
+        if best[0] + best[1] in made:  # the same bytes by another road: a token has one id
+            del pairs[best]
+            continue
+        made.add(best[0] + best[1])
+        merges.append(best)
+        for i in where.pop(best):
+            old = words[i]
+            new, at = [], 0
+            while at < len(old):
+                together = tuple(old[at : at + 2]) == best
+                new.append(old[at] + old[at + 1] if together else old[at])
+                at += 1 + together
+            for pair in zip(old, old[1:]):
+                pairs[pair] -= counts[i]
+            for pair in zip(new, new[1:]):
+                pairs[pair] += counts[i]
+                where[pair].add(i)
+            words[i] = new
+        del pairs[best]
+    return merges
+
+
+def write_tokenizer(merges, folder):
+    """Write vocab.json and merges.txt as GPT-2 has them."""
+    alphabet = {byte: char for char, byte in printable_bytes().items()}
+    show = lambda token: "".join(alphabet[byte] for byte in token)
+    tokens = [*alphabet.values(), *(show(a + b) for a, b in merges), END_OF_TEXT]
+    vocab = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    lines = ["#version: 0.2", *(f"{show(a)} {show(b)}" for a, b in merges)]
+    write_atomic(folder / "vocab.json", lambda file: file.write(vocab.encode()))
+    write_atomic(folder / "merges.txt", lambda file: file.write("\n".join(lines).encode() + b"\n"))
+
+
+# The model and its training: about an hour and a half on two CPU cores
+SIZES = GPTConfig(n_layer=6, n_head=4, n_embd=128, n_positions=128, vocab_size=VOCAB_SIZE)
+STEPS, BATCH_SIZE = 6144, 32  # 25.2 million tokens, seven and a half times through the text
+LR_MATRICES, LR_REST = 0.02, 2e-3
+
+
+def orthogonalize(matrix, steps=5):
+    """The nearest semi-orthogonal matrix, roughly: every singular value comes out near 1.
+
+    Newton-Schulz iteration with the coefficients of Jordan et al. 2024 ("Muon"). torch.optim.Muon
+    does this in bfloat16, which a CPU without bfloat16 runs twenty times slower than this float32.
+    """
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if tall else x
+
+
+@torch.no_grad()
+def validation_loss(gpt, tokens, batch_size=64):
+    """Mean cross-entropy in nats per token, on non-overlapping windows of the longest context."""
+    n = gpt.config.n_positions
+    windows = torch.from_numpy(tokens[: len(tokens) // n * n].astype(np.int64)).view(-1, n)
+    losses = [
+        F.cross_entropy(gpt(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        for batch in windows.split(batch_size)
+    ]
+    return float(sum(losses)) / (len(windows) * (n - 1))
+
+
+def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambda gpt: None):
+    """Train a GPT-2 from nothing: Muon for the matrices in the blocks, Adam for the rest.
+
+    The upper half of the blocks joins after two fifths of the steps. Until then it is the identity,
+    as every block is at the start, so that nothing jumps and a quarter of the work is saved.
+
+    Args:
+        tokens, val_tokens: 1-D arrays of token ids.
+        sizes: a GPTConfig.
+        steps: optimizer steps, each on `batch_size` windows cut at random places.
+        keep: called with the model after each tenth of the steps.
+
+    Returns:
+        (gpt, its validation loss in nats per token)
+    """
+    torch.manual_seed(seed)
+    places = np.random.default_rng(seed)
+    gpt = GPT(sizes).requires_grad_(True)
+    for name, parameter in gpt.named_parameters():
+        if ".c_proj." in name or name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)  # each block starts as the identity
+        elif name.startswith(("wte", "wpe")):
+            torch.nn.init.normal_(parameter, std=0.02)
+    matrices = [p for name, p in gpt.named_parameters() if name.startswith("h.") and p.ndim == 2]
+    rest = [p for name, p in gpt.named_parameters() if not (name.startswith("h.") and p.ndim == 2)]
+    momenta = [torch.zeros_like(p) for p in matrices]
+    adam = torch.optim.Adam(rest, betas=(0.9, 0.95), fused=True)
+    progress, start = Progress("training the embedded model", steps, "steps"), time.time()
+    for step in range(1, steps + 1):
+        at = places.integers(len(tokens) - sizes.n_positions, size=batch_size)[:, None] + np.arange(
+            sizes.n_positions + 1
+        )
+        batch = torch.from_numpy(tokens[at].astype(np.int64))
+        x = gpt.embed(batch[:, :-1])
+        for block in gpt.h[: sizes.n_layer if step > 0.4 * steps else sizes.n_layer // 2]:
+            x = block(x)
+        loss = F.cross_entropy(gpt.unembed(x).flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        lr = min(step / 100, (steps - step) / (0.7 * steps), 1)  # warm up, hold, run down to zero
+        with torch.no_grad():
+            for p, momentum in zip(matrices, momenta):
+                if p.grad is None:
+                    continue  # of a block that has not joined yet
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonalize(p.grad.lerp(momentum, 0.95))  # Nesterov's look ahead
+                p -= lr * LR_MATRICES * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+                p.grad = None
+        adam.param_groups[0]["lr"] = lr * LR_REST
+        adam.step()
+        adam.zero_grad()
+        progress(step)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            val = validation_loss(gpt, val_tokens if step == steps else val_tokens[:50_000])
+            print(
+                f"step {step:,} of {steps:,}: train loss {loss:.3f}, validation loss {val:.4f} nats per token, "
+                f"{(time.time() - start) / 60:.1f} min",
+                flush=True,
+            )
+            keep(gpt)
+    return gpt.requires_grad_(False), val
+
+
+def save_model(gpt, folder):
+    """Write config.json and model.safetensors as openai-community/gpt2 has them, in float16."""
+    tensors = {
+        name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
+        for name, p in gpt.named_parameters()
+    }
+    write_safetensors(folder / "model.safetensors", tensors)
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        **vars(gpt.config),
+        "bos_token_id": gpt.config.vocab_size - 1,
+        "eos_token_id": gpt.config.vocab_size - 1,
+    }
+    write_atomic(
+        folder / "config.json",
+        lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"),
+    )
+
+
+def main():
+    """Make the tokenizer and train the model, or say how far it came."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, default=DATA / "stdlib", help="where the files go")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})"
+    )
+    args = parser.parse_args()
+    texts = read_files("train")
+    print(f"{len(texts)} files, {sum(map(len, texts.values())):,} characters to train on")
+    write_tokenizer(train_bpe(texts.values(), VOCAB_SIZE), args.folder)
+    tokenizer = load_tokenizer(args.folder)
+    train, val = load_tokens(tokenizer, "train"), load_tokens(tokenizer, "val")
+    characters = sum(map(len, read_files("val").values()))
+    print(f"{len(train):,} tokens to train on, {len(val):,} to validate")
+    gpt, loss = train_model(
+        train, val, SIZES, args.steps, BATCH_SIZE, keep=lambda gpt: save_model(gpt, args.folder)
+    )
+    print(
+        f"validation loss {loss:.3f} nats per token, {loss * len(val) / characters / math.log(2):.3f} bits per character"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,925 @@
+"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
+
+Braun, Taylor, Goldowsky-Dill, Sharkey: "Identifying Functionally Important Features with
+End-to-End Sparse Dictionary Learning", NeurIPS 2024, arXiv 2405.12241.
+
+A sparse autoencoder (SAE) rewrites an activation x as a sum of few elements of a large dictionary:
+
+    features = relu(W_e x + b_e)               which elements are active, and how strongly
+    x_hat    = sum_i features_i d_i + b_d      the d_i are the dictionary elements, unit vectors
+
+Usually it is trained to rebuild x. But the largest parts of x need not be those that the model
+goes on to use, so such an SAE spends features on what does not matter and misses some that does.
+The remedy: put x_hat in the place of x, run the rest of the model on it, and ask that the *output*
+stays the same. The model runs twice and is frozen; only the SAE learns.
+
+    tokens -> embed -> blocks[:layer] -> x -------> blocks[layer:] -> unembed -> y       clean
+                                         | \              |                      |
+                                        SAE  mse      downstream                 kl
+                                         | /              |                      |
+                                         x_hat ---> blocks[layer:] -> unembed -> y_hat   spliced
+
+    --loss local     mse + λ sparsity                      rebuild x: the usual SAE
+    --loss e2e       kl + λ sparsity                       keep the output
+    --loss e2e_ds    kl/2 + β downstream + λ sparsity      keep the output, by the same road
+
+`kl` says how far the two next-token distributions differ; `downstream` how far the residual streams
+of the later layers do (e2e alone may reach the same output through other computations); `sparsity`
+is the features' L1 norm, which keeps most of them at zero. What comes of it: for the same loss of
+output, e2e needs fewer features than local, both at once and in all.
+
+    python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
+    python e2e_sae.py --model stdlib --layer 3 --loss e2e      two minutes on two CPU cores
+    python e2e_sae.py --evaluate out/A out/B                   SAEs side by side
+    python e2e_sae.py --resume out/A                           go on with a run that was stopped
+
+What it is not: a library. It has no hooks, no registry, and no SAE but the paper's. It reads from top
+to bottom; nothing leans on what comes further down.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import gpt2
+from gpt2 import GPT, Progress, UserError, duration
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------
+
+#                GPT-2, as in the paper  |  any other model: sized for stdlib on two CPU cores
+DEFAULTS = {
+    "layer": (6, 3),
+    "sparsity": ({"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}, {"local": 0.5, "e2e": 0.5, "e2e_ds": 0.5}),
+    "n_features": (60, 16),  # times d_model
+    "n_sequences": (400_000, 4_800),
+    "context": (1024, 128),
+    "lr": (5e-4, 2e-3),
+    "n_eval": (500, 1_000),
+}
+# What says how a run is carried out and not what comes out: may change when it is resumed
+EXECUTION = ("device", "compile", "micro_batch", "log_steps", "checkpoint_minutes", "out")
+
+
+def setting(default, help, low=None):
+    """A field of Config with its line of help and its least value. Default None: see DEFAULTS."""
+    return field(default=default, metadata={"help": help, "low": low})
+
+
+@dataclass
+class Config:
+    """A run's settings. Each is a flag (`n_sequences` is --n-sequences) and a line of config.json.
+
+    Raises:
+        UserError: if a value is not of its kind or out of its range.
+    """
+
+    model: str = setting("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder")
+    layer: int = setting(None, "the SAE sits on the residual stream entering this block", 0)
+    loss: str = setting("e2e", "local, e2e or e2e_ds")
+    sparsity: float = setting(None, "λ, the weight of the features' L1 norm", 0)
+    downstream: float = setting(2.5, "β, the weight of later layers in e2e_ds (paper: 0.05 at 10)", 0)
+    n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1)
+    n_sequences: int = setting(None, "sequences to train on, in all", 1)
+    context: int = setting(None, "tokens in a sequence", 2)
+    batch_size: int = setting(16, "sequences in an optimizer step", 1)
+    lr: float = setting(None, "Adam's learning rate; it falls to a tenth along a cosine", 0)
+    warmup: int = setting(None, "sequences while it rises from zero (a twentieth of all)", 0)
+    clip: float = setting(10.0, "the longest gradient: a longer one is scaled down", 0)
+    n_eval: int = setting(None, "held-out sequences to evaluate on", 1)
+    seed: int = setting(0, "of the SAE's first weights and of the order of the text", 0)
+    dtype: str = setting(None, "float32 or bfloat16 products (bfloat16 if the GPU has it)")
+    device: str = setting(None, "cuda, mps or cpu (the first of them that is there)")
+    compile: bool = setting(None, "torch.compile the loss (with CUDA)")
+    micro_batch: int = setting(None, "sequences in memory at once (the batch)", 1)
+    log_steps: int = setting(10, "steps from one line of log.jsonl to the next", 1)
+    checkpoint_minutes: float = setting(10.0, "minutes from one checkpoint to the next", 0)
+    out: str = setting(None, "the run's folder (out/ and what is special about the run)")
+
+    def __post_init__(self):
+        self.check("loss", self.loss in ("local", "e2e", "e2e_ds"), "local, e2e or e2e_ds")
+        usual = {f.name: f.default for f in fields(self)}
+        for name, column in DEFAULTS.items():
+            value = column[self.model not in gpt2.OPENAI]
+            usual[name] = value[self.loss] if isinstance(value, dict) else value
+        usual["n_features"] = None  # known when d_model is: see `fit`
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        usual["device"] = "cuda" if cuda else "mps" if mps else "cpu"
+        usual["compile"] = cuda and self.device in (None, "cuda")
+        usual["dtype"] = "bfloat16" if usual["compile"] and torch.cuda.is_bf16_supported() else "float32"
+        usual["micro_batch"] = self.batch_size
+        usual["warmup"] = (self.n_sequences or usual["n_sequences"]) // 20
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                setattr(self, f.name, usual[f.name])
+            value, low = getattr(self, f.name), f.metadata["low"]
+            if value is None:
+                continue
+            if f.type is float and type(value) is int:
+                setattr(self, f.name, value := float(value))
+            kind = {int: "a whole number", float: "a finite number", str: "a word", bool: "true or false"}
+            sound = type(value) is f.type and (f.type is not float or math.isfinite(value))
+            self.check(f.name, sound, kind[f.type])
+            self.check(f.name, low is None or value >= low, f"at least {low}")
+        self.check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        self.check("device", self.device in ("cpu", "cuda", "mps"), "cuda, mps or cpu")
+        here = {"cpu": True, "cuda": cuda, "mps": mps}[self.device]
+        self.check("device", here, f"there: this machine has none, so {usual['device']}")
+        fits = self.batch_size % self.micro_batch == 0
+        self.check("micro_batch", fits, f"a divisor of batch_size {self.batch_size}")
+        self.check("n_sequences", self.n_sequences >= self.batch_size, f"a batch at least, {self.batch_size}")
+        if self.out is None:
+            special = [name for name in usual if name not in ("model", "layer", "loss", "sparsity", *EXECUTION)
+                       and getattr(self, name) != usual[name]]
+            values = {name: getattr(self, name) for name in ("sparsity", *special)}
+            words = [f"{name}{value:g}" if type(value) is not str else value for name, value in values.items()]
+            self.out = "/".join(["out", "-".join([Path(self.model).name, f"layer{self.layer}", self.loss, *words])])
+
+    def check(self, name, sound, rule):
+        """Raise UserError unless `sound`."""
+        if not sound:
+            value = str(getattr(self, name))[:80]
+            raise UserError(f"--{name.replace('_', '-')} is {value}, must be {rule}: change it")
+
+    def fit(self, gpt):
+        """Fill in and check what depends on the model. Returns self."""
+        sizes = gpt.config
+        if self.n_features is None:
+            self.n_features = DEFAULTS["n_features"][self.model not in gpt2.OPENAI] * sizes.n_embd
+        top = sizes.n_layer - 1 - (self.loss == "e2e_ds")  # e2e_ds needs a layer after its own
+        self.check("layer", self.layer <= top, f"at most {top} for {self.loss} on {self.model}")
+        self.check("context", self.context <= sizes.n_positions, f"at most {sizes.n_positions} on {self.model}")
+        return self
+
+    @classmethod
+    def load(cls, path, flags={}):
+        """Read a run's config.json, to go on with the run in that folder.
+
+        Args:
+            flags: settings given anew; only those in EXECUTION may differ.
+
+        Raises:
+            UserError: if it is missing, or a field of it is missing, unknown or out of range.
+        """
+        raw = gpt2.read_json(path)
+        for name in sorted(raw.keys() ^ {f.name for f in fields(cls)}):
+            what = "is no setting" if name in raw else "is missing"
+            raise UserError(f"{path}: {name[:80]} {what}: give the folder of a run of this version")
+        for name, value in flags.items():
+            if name not in EXECUTION and value != raw[name]:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, the run in {Path(path).parent} has "
+                                f"{str(raw[name])[:80]}: leave the flag out, or start another run")
+        try:
+            return cls(**raw | flags | {"out": str(Path(path).parent)})
+        except (UserError, TypeError) as error:  # TypeError: a value that cannot even be compared
+            raise UserError(f"{path}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# The sparse autoencoder
+# ------------------------------------------------------------------------------------------------
+
+# The paper's SAEs: repository, revision, and the hashes that are known beforehand
+APOLLO = "apollo-research/e2e-saes-gpt2", "713515193ec799fd17bd7f6ccf6f209332b07f7d"
+APOLLO_SHA256 = {
+    "local_similar_ce_layer_6.pt": "c49a66c6d9ae4f6ff636d887f31957caf1cffc6375078fcf9f7eb637a00b4ee4",
+    "downstream_similar_ce_layer_6.pt": "68a2aaad18bf2855fb6086ce68bdf6e54a6911a89918ae86b41fff2daee17712",
+    "e2e_similar_ce_layer_10.pt": "f98c3f3f7f21431e4025515987c05ad1edf4a68b78935d7748cf81a0486a85cb",
+}
+
+
+class SAE(nn.Module):
+    """The paper's sparse autoencoder (section 2.1): one hidden layer, ReLU, unit dictionary elements.
+
+    The dictionary is normalised in the forward pass. Without that the features, and with them
+    their L1 norm, could shrink for free while the decoder grows.
+    """
+
+    def __init__(self, d_model, n_features):
+        super().__init__()
+        self.encoder = nn.Linear(d_model, n_features)
+        self.decoder = nn.Linear(n_features, d_model)
+        nn.init.orthogonal_(self.decoder.weight.T)  # as an (n_features, d_model) matrix
+        self.made_for = {}  # of one that was loaded: {"model", "layer", "context"}
+
+    @property
+    def dictionary(self):
+        """The dictionary elements, unit rows (n_features, d_model)."""
+        return F.normalize(self.decoder.weight, dim=0).T
+
+    def encode(self, x):
+        """x (..., d_model) -> features (..., n_features): none is negative, most are zero."""
+        return F.relu(self.encoder(x))
+
+    def decode(self, features):
+        """features (..., n_features) -> x_hat (..., d_model)."""
+        return F.linear(features, self.dictionary.T, self.decoder.bias)
+
+    def forward(self, x):
+        """x (..., d_model) -> x_hat (..., d_model)."""
+        return self.decode(self.encode(x))
+
+    def save(self, folder, model, layer, context):
+        """Write `cfg.json` and `sae_weights.safetensors` as SAELens and the tools around it read them.
+
+        Raises:
+            UserError: if they cannot be written.
+        """
+        cfg = {
+            "architecture": "standard",
+            "d_in": self.encoder.in_features,
+            "d_sae": self.encoder.out_features,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {
+                "sae_lens_version": "6.0.0",
+                "model_name": model,
+                "hook_name": f"blocks.{layer}.hook_resid_pre",
+                "context_size": context,
+                "prepend_bos": False,
+                "neuronpedia_id": None,
+            },
+        }
+        tensors = {
+            "W_enc": self.encoder.weight.T,
+            "b_enc": self.encoder.bias,
+            "W_dec": self.dictionary,
+            "b_dec": self.decoder.bias,
+        }
+        gpt2.write_safetensors(Path(folder) / "sae_weights.safetensors", tensors)
+        gpt2.write_atomic(Path(folder) / "cfg.json", lambda file: file.write(json.dumps(cfg, indent=2).encode()))
+
+    @classmethod
+    def load(cls, path_or_name, layer=None):
+        """Load a trained SAE.
+
+        Args:
+            path_or_name: a folder that `save` or SAELens wrote; a .pt file of the paper's library;
+                or `apollo:` and the name of one of the paper's, as in apollo:e2e_similar_ce_layer_6.
+            layer: which SAE, if a .pt file holds several.
+
+        Returns:
+            an SAE on the CPU; its `made_for` says for which model, layer and context.
+
+        Raises:
+            UserError: if there is none, or one of another kind than the paper's.
+        """
+        name, path = str(path_or_name), Path(path_or_name)
+
+        def check(sound, what):
+            if not sound:
+                raise UserError(f"{name}: {what}; give the folder of a finished run, a .pt file of the "
+                                "paper's library, or a name like apollo:e2e_similar_ce_layer_6")
+
+        if name.startswith("apollo:"):
+            file = name.removeprefix("apollo:") + ".pt"
+            path = gpt2.DATA / "apollo" / file
+            gpt2.download(gpt2.hub_url(*APOLLO, file), path, APOLLO_SHA256.get(file))
+        if path.is_dir():
+            check((path / "cfg.json").exists(), "there is no SAE in this folder")
+            cfg = {"metadata": {}} | gpt2.read_json(path / "cfg.json")
+            for key, plain in ("architecture", "standard"), ("normalize_activations", "none"):
+                check(cfg.get(key) == plain, f"its {key} is not {plain!r}, as the paper's is")
+            about = cfg["metadata"] if isinstance(cfg["metadata"], dict) else {}
+            hook = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_pre", str(about.get("hook_name")))
+            check(hook, f"it reads {str(about.get('hook_name'))[:80]!r}, not a residual stream entering a block")
+            made_for = {"model": about.get("model_name"), "layer": int(hook[1]), "context": about.get("context_size")}
+            tensors = dict(gpt2.read_safetensors(path / "sae_weights.safetensors"))
+            tensors |= {key: tensors[key].T for key in ("W_enc", "W_dec") if key in tensors}
+            keys = "W_enc", "b_enc", "W_dec", "b_dec"
+        else:
+            check(path.exists(), "there is no such file or folder")
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+                found = [re.match(r"blocks-(\d{1,4})-hook_resid_pre\.", key) for key in tensors]
+            except Exception:  # whatever a file that is not torch's brings up
+                check(False, "this is not a file of SAEs that torch can read")
+            layers = sorted({int(match[1]) for match in found if match})
+            check(layers, "there is no SAE in this file")
+            check(len(layers) == 1 or layer in layers, f"it holds SAEs of layers {layers}: choose one with --layer")
+            layer = layers[0] if len(layers) == 1 else layer
+            made_for = {"model": "gpt2", "layer": layer, "context": 1024}
+            parts = "encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"
+            keys = [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts]
+        found = [tensors.get(key) for key in keys]
+        check(all(torch.is_tensor(t) and t.is_floating_point() and t.isfinite().all() for t in found),
+              f"one of {', '.join(keys)} is missing or is not finite")
+        W_enc, b_enc, W_dec, b_dec = (t.float() for t in found)
+        check(W_enc.ndim == 2 and W_enc.numel(), "its encoder is no matrix")
+        (n_features, d_model), norms = W_enc.shape, 1
+        shapes = [t.shape for t in (b_enc, W_dec, b_dec)]
+        check(shapes == [(n_features,), (d_model, n_features), (d_model,)], "its shapes do not belong together")
+        if path.is_dir():  # SAELens does not normalise; nor do all of its SAEs have b_dec where ours do
+            if cfg.get("apply_b_dec_to_input"):
+                b_enc = b_enc - W_enc @ b_dec
+            norms = W_dec.norm(dim=0)
+            norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # exactly 1 for what `save` wrote
+        with torch.device("meta"):  # the usual first weights would only be thrown away
+            sae = cls(d_model, n_features)
+        weights = [W_enc * norms[:, None], b_enc * norms] if path.is_dir() else [W_enc, b_enc]
+        weights = [t.contiguous().clone() for t in (*weights, W_dec, b_dec)]
+        sae.load_state_dict(dict(zip(sae.state_dict(), weights)), assign=True)
+        sae.made_for = made_for
+        return sae
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss terms (section 2 of the paper): each a mean over the tokens of a batch
+# ------------------------------------------------------------------------------------------------
+
+
+def mse_loss(x_hat, x):
+    """Mean over tokens and d_model of (x_hat - x)^2, for two (batch, pos, d_model)."""
+    return F.mse_loss(x_hat, x)
+
+
+def sparsity_loss(features, d_model):
+    """Mean over tokens of the features' L1 norm, over d_model; features (batch, pos, n_features)."""
+    return features.sum(-1, dtype=torch.promote_types(features.dtype, torch.float32)).mean() / d_model
+
+
+def downstream_loss(spliced, clean):
+    """Mean over the later layers of the MSE between their residual streams.
+
+    Args:
+        spliced, clean: the residual streams (batch, pos, d_model) entering each later layer, as lists.
+    """
+    return torch.stack([F.mse_loss(s, c) for s, c in zip(spliced, clean, strict=True)]).mean()
+
+
+class KLLoss(torch.autograd.Function):
+    """Mean over positions of KL(clean || spliced), without the logits in memory.
+
+    For one position let p and q be the softmax of the clean logits y and the spliced logits z. Then
+
+        KL = sum_v p_v (log p_v - log q_v),    log q_v = z_v - log sum_w exp z_w,
+
+    and since sum_v p_v = 1,  d KL / d z_v = -p_v + q_v.  The unembedding z = W h is frozen, so
+    d KL / d h = W^T (q - p): the gradient is at hand as soon as p and q are. So `forward` takes a
+    chunk of positions at a time, adds up KL, keeps the gradient (pos, d_model), and forgets the
+    logits (pos, vocab), of which GPT-2 has 50,257 a position.
+    """
+
+    @staticmethod
+    def forward(ctx, spliced, clean, unembedding):
+        """KL of the next-token distributions of two hidden states.
+
+        Args:
+            spliced, clean: what the unembedding is applied to, (pos, d_model) each.
+            unembedding: (vocab, d_model), frozen.
+
+        Returns:
+            the mean KL in nats; its gradient reaches `spliced` alone.
+        """
+        kl, gradient = 0.0, torch.empty_like(spliced)
+        chunk = max(1, (2**27 if spliced.is_cuda else 2**23) // len(unembedding))  # 512 or 32 MB
+        for s, c, g in zip(spliced.split(chunk), clean.split(chunk), gradient.split(chunk)):
+            log_p = F.log_softmax(F.linear(c, unembedding), -1)  # (chunk, vocab); float32 under autocast
+            log_q = F.log_softmax(F.linear(s, unembedding), -1)
+            p = log_p.exp()
+            kl = kl + log_p.sub_(log_q).mul_(p).sum()
+            g.copy_(log_q.exp_().sub_(p) @ unembedding)
+        ctx.save_for_backward(gradient.div_(len(spliced)))
+        return kl / len(spliced)
+
+    @staticmethod
+    def backward(ctx, grad_kl):
+        """d KL / d spliced, times what comes from above."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_kl, None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# The spliced forward pass and the three losses
+# ------------------------------------------------------------------------------------------------
+
+
+def run_blocks(gpt, x, first, last=None):
+    """The residual stream (batch, pos, d_model) through the blocks first to last - 1.
+
+    Returns:
+        the residual streams entering each of those blocks, the first being x, and the one leaving
+        the last of them.
+    """
+    residuals = [x]
+    for block in gpt.h[first:last]:
+        residuals.append(block(residuals[-1]))
+    return residuals
+
+
+def compute_loss(gpt, sae, tokens, config):
+    """One of the three losses, on one batch. Only the SAE's parameters get a gradient.
+
+    Args:
+        gpt: a frozen GPT.
+        sae: an SAE of its d_model.
+        tokens: (batch, pos).
+        config: its loss, layer, sparsity (λ) and downstream (β) are used.
+
+    Returns:
+        (loss, terms): the scalar to minimise, and its parts before they are weighted, with "l0",
+        the mean number of active features a token.
+    """
+    layer = config.layer
+    with torch.no_grad():
+        x = run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]  # (batch, pos, d_model)
+    features = sae.encode(x)  # (batch, pos, n_features)
+    x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
+    terms = {"l0": (features > 0).sum(-1).float().mean(), "sparsity": sparsity_loss(features, x.shape[-1])}
+    penalty = config.sparsity * terms["sparsity"]
+
+    if config.loss == "local":  # the rest of the model does not run at all
+        terms["mse"] = mse_loss(x_hat, x)
+        return terms["mse"] + penalty, terms
+
+    with torch.no_grad():
+        clean = run_blocks(gpt, x, layer)  # entering layer, layer + 1, ..., leaving the last block
+    spliced = run_blocks(gpt, x_hat, layer)
+    hidden = [gpt.ln_f(residuals[-1]).flatten(0, 1) for residuals in (spliced, clean)]  # (tokens, d_model)
+    terms["kl"] = KLLoss.apply(*hidden, gpt.wte.weight)
+    if config.loss == "e2e":
+        return terms["kl"] + penalty, terms
+
+    terms["downstream"] = downstream_loss(spliced[1:-1], clean[1:-1])  # entering layer + 1 ... n_layer - 1
+    return 0.5 * terms["kl"] + config.downstream * terms["downstream"] + penalty, terms
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def windows(tokens, context):
+    """A 1-D array of token ids cut into sequences that do not overlap: (sequence, context), no copy.
+
+    Raises:
+        UserError: if the text is shorter than one sequence.
+    """
+    n = len(tokens) // context
+    if n == 0:
+        raise UserError(f"--context is {context:,}, the text has {len(tokens):,} tokens: give a shorter context")
+    return tokens[: n * context].reshape(n, context)
+
+
+def to_device(rows, device):
+    """Token ids (batch, pos), a numpy array of any integer type, as int64 on the device."""
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
+        return tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(device)
+
+
+def sum_over_ranks(tensor):
+    """Add up a tensor over the processes that torchrun started, in place; alone, do nothing."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def evaluate(gpt, sae, tokens, layer):
+    """What it costs the model to run on x_hat instead of x (section 2 of the paper).
+
+    Args:
+        gpt, sae: on one device.
+        tokens: (sequence, pos), an array or a tensor. All its tokens count, except where it says otherwise.
+        layer: where the SAE sits.
+
+    Returns:
+        a dict of numbers and lists that JSON can hold. In nats per token: `ce` of GPT-2 (next token,
+        so the last position has none), `ce_spliced`, `ce_increase`, `ce_ablated` (x replaced by its
+        mean over all tokens), `kl`. As shares: `ce_recovered` (1: all that ablation costs, 0: none),
+        `top1_agreement`, `explained_variance` (1 - sum |x_hat - x|^2 / sum |x - mean x|^2). `l0`,
+        active features a token; `alive`, elements that fire at least once in these `tokens`;
+        `l2_ratio`, the mean of |x_hat| / |x| after position 0, where GPT-2's x is some fifty times
+        longer than elsewhere, and `l2_ratio_first` there; `mse`; and for the residual streams
+        entering `layer`, `layer` + 1, ...: `mse_by_layer`, `explained_variance_by_layer`.
+    """
+    device = sae.encoder.weight.device
+    tokens = np.asarray(tokens)
+    n_tokens, context = tokens.size, tokens.shape[1]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = np.array_split(tokens, world)[rank]
+    batches = np.array_split(mine, max(1, math.ceil(mine.size / 2048)))  # the logits are large
+    double = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+
+    mean = torch.zeros(sae.encoder.in_features, dtype=double, device=device)
+    for rows in batches:
+        mean += run_blocks(gpt, gpt.embed(to_device(rows, device)), 0, layer)[-1].sum((0, 1), dtype=double)
+    mean = (sum_over_ranks(mean) / n_tokens).to(torch.float32)
+
+    sums = {}  # name -> a sum over tokens, of any shape
+    progress = Progress("evaluating", mine.size, "tokens")
+    done = 0
+
+    def add(name, value):
+        sums[name] = sums.get(name, 0) + value.to(double)
+
+    for rows in batches:
+        batch = to_device(rows, device)
+        x = run_blocks(gpt, gpt.embed(batch), 0, layer)[-1]
+        features = sae.encode(x)
+        x_hat = sae.decode(features)
+        clean, spliced = run_blocks(gpt, x, layer), run_blocks(gpt, x_hat, layer)
+        ablated = run_blocks(gpt, mean.expand_as(x).contiguous(), layer)
+        logits = [gpt.unembed(residuals[-1]) for residuals in (clean, spliced, ablated)]
+        for name, y in zip(("ce", "ce_spliced", "ce_ablated"), logits):
+            add(name, F.cross_entropy(y[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        log_p, log_q = (F.log_softmax(y, -1) for y in logits[:2])
+        add("kl", F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        add("top1_agreement", (logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
+        add("fired", (features > 0).sum((0, 1)))
+        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
+        add("l2_ratio", ratio[:, 1:].sum())
+        add("l2_ratio_first", ratio[:, 0].sum())
+        for k, (s, c) in enumerate(zip(spliced[:-1], clean[:-1]), layer):
+            add(f"error {k}", (s - c).pow(2).sum(dtype=double))
+            add(f"square {k}", c.pow(2).sum(dtype=double))
+            add(f"sum {k}", c.sum((0, 1), dtype=double))
+        progress(done := done + rows.size)
+
+    sums = {name: sum_over_ranks(value).cpu() for name, value in sums.items()}
+    n_sequences, d_model = len(tokens), len(mean)
+    layers = range(layer, len(gpt.h))
+    error = [float(sums[f"error {k}"]) for k in layers]
+    variance = [float(sums[f"square {k}"] - sums[f"sum {k}"].pow(2).sum() / n_tokens) for k in layers]
+    result = {name: float(sums[name]) / (n_tokens - n_sequences) for name in ("ce", "ce_spliced", "ce_ablated")}
+    result["ce_increase"] = result["ce_spliced"] - result["ce"]
+    result["ce_recovered"] = 1 - result["ce_increase"] / (result["ce_ablated"] - result["ce"])
+    result |= {name: float(sums[name]) / n_tokens for name in ("kl", "top1_agreement")}
+    result["l0"] = float(sums["fired"].sum()) / n_tokens
+    result["alive"] = int((sums["fired"] > 0).sum())
+    result["n_features"] = len(sums["fired"])
+    result["tokens"] = n_tokens
+    result["l2_ratio"] = float(sums["l2_ratio"]) / (n_tokens - n_sequences)
+    result["l2_ratio_first"] = float(sums["l2_ratio_first"]) / n_sequences
+    result["explained_variance_by_layer"] = [1 - e / v for e, v in zip(error, variance)]
+    result["mse_by_layer"] = [e / n_tokens / d_model for e in error]
+    result["explained_variance"], result["mse"] = result["explained_variance_by_layer"][0], result["mse_by_layer"][0]
+    return result
+
+
+def print_table(columns):
+    """Print the results of `evaluate` side by side: {name: result}, one column each."""
+    rows = [("tokens evaluated", "tokens", ",d"), ("CE of the model (nats)", "ce", ".4f"),
+            ("CE with the SAE", "ce_spliced", ".4f"), ("CE increase", "ce_increase", ".4f"),
+            ("CE recovered, of mean ablation", "ce_recovered", ".2%"), ("KL (nats)", "kl", ".4f"),
+            ("top-1 agreement", "top1_agreement", ".2%"), ("L0 (active features a token)", "l0", ".1f"),
+            ("alive elements", "alive", ",d"), ("... of", "n_features", ",d"),
+            ("L2 ratio |x_hat| / |x|", "l2_ratio", ".3f"), ("... at position 0", "l2_ratio_first", ".3f")]
+    width = max(14, *(len(name) for name in columns)) + 2
+    print(" " * 34 + "".join(f"{name:>{width}}" for name in columns))
+    for label, key, spec in rows:
+        print(f"{label:<34}" + "".join(f"{format(result[key], spec):>{width}}" for result in columns.values()))
+    for key, label in (("explained_variance", "explained variance"), ("mse", "MSE")):
+        for k in range(max(len(result[key + "_by_layer"]) for result in columns.values())):
+            cells = [result[key + "_by_layer"][k : k + 1] for result in columns.values()]
+            where = f"{label}, " + ("at the SAE" if k == 0 else f"{k} layer{'s' * (k > 1)} later")
+            print(f"{where:<34}" + "".join(f"{(format(c[0], '.4f') if c else '-'):>{width}}" for c in cells))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+CHECKPOINT = "e2e_sae checkpoint 1"  # the version: what is in a checkpoint
+
+
+class RunFailed(UserError):
+    """A run that ends underway. What it had saved is whole."""
+
+    exit_code = 1
+
+
+@lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    """The order in which an epoch takes the n windows of the text."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def sequences(text, seed, first, count):
+    """Training sequences number first to first + count - 1: (count, context).
+
+    They depend on nothing else. So any step can be made again by itself, and neither a resumed run
+    nor one on several GPUs sees other text.
+    """
+    numbers = range(first, first + count)
+    return np.stack([text[permutation(seed, i // len(text), len(text))[i % len(text)]] for i in numbers])
+
+
+def learning_rate(config, done):
+    """The learning rate after `done` sequences: up a line, then down a cosine to a tenth."""
+    if done < config.warmup:
+        return config.lr * done / config.warmup
+    progress = (done - config.warmup) / max(1, config.n_sequences - config.warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def join_ranks(config):
+    """Join the other processes, if torchrun started this one.
+
+    Returns:
+        (rank, world, device): which process this is, of how many, and what it computes on.
+    """
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(config.device, local_rank if config.device == "cuda" else None)
+    if world == 1:
+        return 0, 1, device
+    rule = f"a multiple of {world} processes times micro_batch {config.micro_batch}"
+    config.check("batch_size", config.batch_size % (world * config.micro_batch) == 0, rule)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world, device
+
+
+def start_folder(config):
+    """Make the run's folder, with its config.json in it, at one stroke: of two who try, one succeeds.
+
+    Raises:
+        UserError: if it is there already, or cannot be made.
+    """
+    out = Path(config.out)
+    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
+    try:
+        if not out.exists():
+            write_json(beside / "config.json", asdict(config))
+            os.rename(beside, out)
+            return
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if not out.exists():
+            raise UserError(f"cannot make {out}: {error.strerror}; choose another with --out") from None
+    raise UserError(f"{out} is there already: go on with --resume {out}, or choose another with --out")
+
+
+def write_json(path, value):
+    """Write a value as JSON, atomically; UserError if it cannot be written."""
+    gpt2.write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
+
+
+def load_checkpoint(path, sae, optimizer):
+    """Put a checkpoint back into `sae` and `optimizer`.
+
+    Returns:
+        how many steps it has behind it.
+
+    Raises:
+        UserError: if it is damaged, or of another version or run; the file stays as it is.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["version"] != CHECKPOINT:
+            raise ValueError
+        sae.load_state_dict(saved["sae"])
+        optimizer.load_state_dict(saved["adam"])
+        return int(saved["step"])
+    except Exception:  # what torch raises depends on where the file is damaged
+        raise UserError(f"{path} is damaged, or of another version or run: it is left as it is; "
+                        "delete it, and --resume starts from the first step") from None
+
+
+def open_log(path, step):
+    """Open log.jsonl to append to, without the lines of steps after `step`, or a line half written."""
+    kept = b""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept += line
+    gpt2.write_atomic(path, lambda file: file.write(kept))
+    return open(path, "a")
+
+
+@contextmanager
+def noted_signals(rank):
+    """Within, SIGTERM and Ctrl-C end nothing: their numbers go to the list that this yields.
+
+    Ranks other than the first ignore them: they are needed until it has finished its step.
+    """
+    came = []
+    note = (lambda number, frame: came.append(number)) if rank == 0 else signal.SIG_IGN
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def worded_failures(out, world):
+    """Within, what can befall a run becomes a RunFailed that says how to go on."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except torch.OutOfMemoryError:
+        raise RunFailed(f"out of GPU memory: go on with --resume {out} and a smaller --micro-batch") from None
+    except (OSError, UserError) as error:
+        raise RunFailed(f"the run stopped: {error}; then go on with --resume {out}") from None
+    except RuntimeError as error:  # of the connection, once another process is gone
+        if world == 1:
+            raise
+        raise RunFailed(f"the run stopped with another of its processes ({str(error).splitlines()[0][:100]}); "
+                        f"go on with --resume {out}") from None
+
+
+def train(config, resume=False):
+    """Train an SAE with one of the three losses (section 2 of the paper; its settings in DEFAULTS).
+
+    Under torchrun each process takes its share of every batch, and the first one writes the files.
+
+    Args:
+        config: a Config; what depends on the model is filled in.
+        resume: go on with the run in `config.out` from its checkpoint.
+
+    Returns:
+        the SAE. In the folder `config.out` are then config.json, log.jsonl, checkpoint.pt, the SAE
+        (cfg.json, sae_weights.safetensors), and eval.json with the result of `evaluate`.
+
+    Raises:
+        UserError: if something is wrong at the start; nothing has been written.
+        RunFailed: if the run ends underway (not finite, disk full, ...); the last checkpoint stands.
+        SystemExit: with 143 at SIGTERM, 130 at Ctrl-C, after a checkpoint.
+    """
+    torch.set_float32_matmul_precision("high")  # TF32, where the GPU has it
+    rank, world, device = join_ranks(config)
+    gpt = GPT.from_pretrained(config.model)
+    config.fit(gpt)
+    text, held_out = (windows(gpt2.load_tokens(config.model, split), config.context) for split in ("train", "val"))
+    gpt.to(device)
+    torch.manual_seed(config.seed)
+    sae = SAE(gpt.config.n_embd, config.n_features).to(device)  # made on the CPU: the same on every device
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
+    loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    n_steps, share = config.n_sequences // config.batch_size, config.batch_size // world
+    failed, n_good = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    out = Path(config.out)
+    path = out / "checkpoint.pt"
+    if rank == 0 and not resume:
+        start_folder(config)
+    with gpt2.lock(out, wait=False) if rank == 0 else nullcontext(), worded_failures(out, world):
+        step = began = load_checkpoint(path, sae, optimizer) if resume and path.exists() else 0
+        log = open_log(out / "log.jsonl", step) if rank == 0 else None
+        saved_at = printed_at = logged_at = time.time()
+        logged_step = step
+        with noted_signals(rank) as signals:
+            while step < n_steps:
+                first = step * config.batch_size + rank * share
+                tokens = to_device(sequences(text, config.seed, first, share), device)
+                sums = 0  # of the loss and its terms
+                for part in tokens.split(config.micro_batch):
+                    with autocast:
+                        loss, terms = loss_of(gpt, sae, part, config)
+                    weight = len(part) / config.batch_size
+                    (loss * weight).backward()
+                    sums = sums + torch.stack([loss, *terms.values()]).detach() * weight
+                for tensor in (sums, *(p.grad for p in sae.parameters())):
+                    sum_over_ranks(tensor)
+                norm = nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+                # No step waits for the GPU to see whether all is finite: from the first step that is
+                # not, the GPU itself holds the optimizer still, and the host looks now and then.
+                failed = torch.maximum(failed, (~torch.isfinite(norm + sums[0])).float())
+                n_good = n_good + 1 - failed
+                optimizer.found_inf = failed
+                optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) * config.batch_size)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+
+                now = time.time()
+                log_due = step % config.log_steps == 0 or step in (1, n_steps)
+                save_due = now - saved_at >= 60 * config.checkpoint_minutes or step == n_steps or signals
+                if not log_due and not save_due:
+                    continue
+                if failed:
+                    last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+                    raise RunFailed(f"step {began + int(n_good) + 1:,}: the loss or its gradient is not finite; "
+                                    f"{last}; start another run with a lower --lr than {config.lr:g}")
+                if log_due and rank == 0:
+                    speed = (step - logged_step) * config.batch_size * config.context / (time.time() - logged_at)
+                    logged_step, logged_at = step, time.time()
+                    values = dict(zip(["loss", *terms], sums.tolist()), grad_norm=norm.item())
+                    line = {"step": step, "sequences": step * config.batch_size, **values,
+                            "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    if now - printed_at > 2 or step in (1, n_steps):
+                        printed_at = now
+                        left = (n_steps - step) * config.batch_size * config.context / speed
+                        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+                        print(f"step {step:,}/{n_steps:,}  {shown}  {speed:,.0f} tokens/s  {duration(left)} left", flush=True)
+                if save_due and rank == 0:
+                    saved = {"version": CHECKPOINT, "step": step, "sae": sae.state_dict(),
+                             "adam": optimizer.state_dict(), "config": asdict(config)}
+                    gpt2.write_atomic(path, lambda file: torch.save(saved, file))
+                    saved_at = time.time()
+                if signals:
+                    print(f"stopped by a signal after step {step:,}: go on with --resume {out}", flush=True)
+                    raise SystemExit(128 + signals[0])
+
+        if rank == 0:
+            sae.save(out, config.model, config.layer, config.context)
+        # What was written has unit rows in its decoder: evaluate the very numbers that `load` gives
+        sae.decoder.weight.data = sae.dictionary.detach().T.contiguous()
+        result = evaluate(gpt, sae, held_out[: config.n_eval], config.layer)
+        if rank == 0:
+            write_json(out / "eval.json", result)
+    return sae
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its errors take one line."""
+
+    def error(self, message):
+        """End with exit code 2."""
+        raise UserError(f"{message}; see --help")
+
+
+def make_parser():
+    """The command line: a flag for each field of Config, and what else can be done than train."""
+    parser = Parser(description="Train end-to-end sparse autoencoders on GPT-2's residual stream.", allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        default = "" if f.default is None else f" (default {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default,
+                            default=argparse.SUPPRESS, **kind)
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--evaluate", nargs="+", metavar="SAE", help="print what SAEs cost the model, side by side")
+    other.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped")
+    return parser
+
+
+def evaluate_all(names, flags):
+    """Evaluate SAEs, each on the model, layer and context it was made for; print them side by side."""
+    results, models = {}, {}
+    for name in names:
+        sae = SAE.load(name, flags.get("layer"))
+        for key in ("model", "layer"):
+            if flags.get(key, sae.made_for[key]) != sae.made_for[key]:
+                raise UserError(f"--{key} is {flags[key]}, {name} was made for {sae.made_for[key]}: leave the flag out")
+        config = Config(**{key: value for key, value in (sae.made_for | flags).items() if value is not None})
+        if config.model not in models:
+            models[config.model] = GPT.from_pretrained(config.model).to(config.device)
+        gpt = models[config.model]
+        config.fit(gpt)
+        if sae.encoder.in_features != gpt.config.n_embd:
+            raise UserError(f"{name} has d_model {sae.encoder.in_features}, {config.model} {gpt.config.n_embd}: "
+                            "give SAEs of that model")
+        held_out = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
+        results[name] = evaluate(gpt, sae.to(config.device), held_out, config.layer)
+    print_table(results)
+
+
+def main(arguments=None):
+    """The command line. Returns the exit code: 0, 2 for what the user can mend, 1 for a run that failed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        flags = vars(make_parser().parse_args(arguments))
+        names, folder = flags.pop("evaluate"), flags.pop("resume")
+        if names:
+            evaluate_all(names, flags)
+            return 0
+        config = Config.load(Path(folder) / "config.json", flags) if folder else Config(**flags)
+        if not (folder and (Path(folder) / "eval.json").exists()):
+            train(config, resume=folder is not None)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print_table({config.out: gpt2.read_json(Path(config.out) / "eval.json")})
+            print(f"\nIn {config.out}: the SAE as SAELens reads it, config.json, log.jsonl, eval.json")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
