@@ -1,4 +1,4 @@
-"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
+r"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
 
 Braun, Taylor, Goldowsky-Dill, Sharkey: "Identifying Functionally Important Features with
 End-to-End Sparse Dictionary Learning", NeurIPS 2024, arXiv 2405.12241.
@@ -46,8 +46,9 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,7 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt2
-from gpt2 import GPT, Progress, UserError, duration
+from gpt2 import GPT, GPTConfig, Progress, UserError, duration
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -78,9 +79,9 @@ DEFAULTS = {
 EXECUTION = ("device", "compile", "micro_batch", "log_steps", "checkpoint_minutes", "out")
 
 
-def setting(default, help, low=None):
-    """A field of Config with its line of help and its least value. Default None: see DEFAULTS."""
-    return field(default=default, metadata={"help": help, "low": low})
+def setting(default, help, low=None, high=10**9):
+    """A field of Config: its line of help and its range. Default None: see DEFAULTS."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Config:
     loss: str = setting("e2e", "local, e2e or e2e_ds")
     sparsity: float = setting(None, "λ, the weight of the features' L1 norm", 0)
     downstream: float = setting(2.5, "β, the weight of later layers in e2e_ds (paper: 0.05 at 10)", 0)
-    n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1)
+    n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1, 10**7)
     n_sequences: int = setting(None, "sequences to train on, in all", 1)
     context: int = setting(None, "tokens in a sequence", 2)
     batch_size: int = setting(16, "sequences in an optimizer step", 1)
@@ -114,6 +115,7 @@ class Config:
     out: str = setting(None, "the run's folder (out/ and what is special about the run)")
 
     def __post_init__(self):
+        self.check("model", type(self.model) is str, "a name or a folder")
         self.check("loss", self.loss in ("local", "e2e", "e2e_ds"), "local, e2e or e2e_ds")
         usual = {f.name: f.default for f in fields(self)}
         for name, column in DEFAULTS.items():
@@ -129,15 +131,14 @@ class Config:
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, usual[f.name])
-            value, low = getattr(self, f.name), f.metadata["low"]
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if value is None:
                 continue
-            if f.type is float and type(value) is int:
-                setattr(self, f.name, value := float(value))
-            kind = {int: "a whole number", float: "a finite number", str: "a word", bool: "true or false"}
-            sound = type(value) is f.type and (f.type is not float or math.isfinite(value))
-            self.check(f.name, sound, kind[f.type])
-            self.check(f.name, low is None or value >= low, f"at least {low}")
+            kind = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[f.type]
+            self.check(f.name, type(value) is f.type or (f.type is float and type(value) is int), kind)
+            if low is not None:  # which NaN is not either
+                self.check(f.name, low <= value <= high, f"{kind} from {low} to {high:,}")
+                setattr(self, f.name, f.type(value))
         self.check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         self.check("device", self.device in ("cpu", "cuda", "mps"), "cuda, mps or cpu")
         here = {"cpu": True, "cuda": cuda, "mps": mps}[self.device]
@@ -179,22 +180,36 @@ class Config:
             UserError: if it is missing, or a field of it is missing, unknown or out of range.
         """
         raw = gpt2.read_json(path)
-        for name in sorted(raw.keys() ^ {f.name for f in fields(cls)}):
+        given = {name for name, value in raw.items() if value is not None}
+        for name in sorted(given ^ {f.name for f in fields(cls)}):
             what = "is no setting" if name in raw else "is missing"
             raise UserError(f"{path}: {name[:80]} {what}: give the folder of a run of this version")
+        raw["out"] = str(Path(path).parent)  # it may have been moved
         for name, value in flags.items():
-            if name not in EXECUTION and value != raw[name]:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, the run in {Path(path).parent} has "
+            if value != raw[name] and (name not in EXECUTION or name == "out"):
+                raise UserError(f"--{name.replace('_', '-')} is {value}, the run in {raw['out']} has "
                                 f"{str(raw[name])[:80]}: leave the flag out, or start another run")
         try:
-            return cls(**raw | flags | {"out": str(Path(path).parent)})
-        except (UserError, TypeError) as error:  # TypeError: a value that cannot even be compared
+            return cls(**raw | flags)
+        except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------
 # The sparse autoencoder
 # ------------------------------------------------------------------------------------------------
+
+
+def read_torch(path):
+    """The dict that torch.save wrote to a file, or None if it is anything else. Runs no code in it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what torch raises depends on where a file is damaged
+        return None
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
+
 
 # The paper's SAEs: repository, revision, and the hashes that are known beforehand
 APOLLO = "apollo-research/e2e-saes-gpt2", "713515193ec799fd17bd7f6ccf6f209332b07f7d"
@@ -242,32 +257,17 @@ class SAE(nn.Module):
         Raises:
             UserError: if they cannot be written.
         """
-        cfg = {
-            "architecture": "standard",
-            "d_in": self.encoder.in_features,
-            "d_sae": self.encoder.out_features,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": False,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": {
-                "sae_lens_version": "6.0.0",
-                "model_name": model,
-                "hook_name": f"blocks.{layer}.hook_resid_pre",
-                "context_size": context,
-                "prepend_bos": False,
-                "neuronpedia_id": None,
-            },
-        }
-        tensors = {
-            "W_enc": self.encoder.weight.T,
-            "b_enc": self.encoder.bias,
-            "W_dec": self.dictionary,
-            "b_dec": self.decoder.bias,
-        }
+        cfg = {"architecture": "standard", "d_in": self.encoder.in_features,
+               "d_sae": self.encoder.out_features, "dtype": "float32", "device": "cpu",
+               "apply_b_dec_to_input": False, "normalize_activations": "none",
+               "reshape_activations": "none"}
+        cfg["metadata"] = {"sae_lens_version": "6.0.0", "model_name": model,
+                           "hook_name": f"blocks.{layer}.hook_resid_pre", "context_size": context,
+                           "prepend_bos": False, "neuronpedia_id": None}
+        tensors = {"W_enc": self.encoder.weight.T, "b_enc": self.encoder.bias,
+                   "W_dec": self.dictionary, "b_dec": self.decoder.bias}
         gpt2.write_safetensors(Path(folder) / "sae_weights.safetensors", tensors)
-        gpt2.write_atomic(Path(folder) / "cfg.json", lambda file: file.write(json.dumps(cfg, indent=2).encode()))
+        gpt2.write_json(Path(folder) / "cfg.json", cfg)
 
     @classmethod
     def load(cls, path_or_name, layer=None):
@@ -291,53 +291,53 @@ class SAE(nn.Module):
                 raise UserError(f"{name}: {what}; give the folder of a finished run, a .pt file of the "
                                 "paper's library, or a name like apollo:e2e_similar_ce_layer_6")
 
+        def take(tensors, keys):  # as nn.Linear has them, and sure to belong together
+            found = [tensors.get(key) for key in keys]
+            sound = all(torch.is_tensor(t) and t.is_floating_point() and t.isfinite().all() for t in found)
+            check(sound, f"one of {', '.join(keys)} is missing or not finite")
+            weight, *others = [t.float() for t in found]
+            n, d = weight.shape if weight.ndim == 2 else (0, 0)
+            shapes = [tuple(t.shape) for t in others]
+            check(n * d and shapes == [(n,), (d, n), (d,)], f"the shapes of {', '.join(keys)} do not fit")
+            return weight, *others
+
         if name.startswith("apollo:"):
             file = name.removeprefix("apollo:") + ".pt"
             path = gpt2.DATA / "apollo" / file
             gpt2.download(gpt2.hub_url(*APOLLO, file), path, APOLLO_SHA256.get(file))
         if path.is_dir():
             check((path / "cfg.json").exists(), "there is no SAE in this folder")
-            cfg = {"metadata": {}} | gpt2.read_json(path / "cfg.json")
+            cfg = gpt2.read_json(path / "cfg.json")
             for key, plain in ("architecture", "standard"), ("normalize_activations", "none"):
                 check(cfg.get(key) == plain, f"its {key} is not {plain!r}, as the paper's is")
-            about = cfg["metadata"] if isinstance(cfg["metadata"], dict) else {}
-            hook = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_pre", str(about.get("hook_name")))
-            check(hook, f"it reads {str(about.get('hook_name'))[:80]!r}, not a residual stream entering a block")
-            made_for = {"model": about.get("model_name"), "layer": int(hook[1]), "context": about.get("context_size")}
+            about = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else {}
+            place = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_pre", str(about.get("hook_name")))
+            check(place, "its hook_name is no residual stream that enters a block (blocks.6.hook_resid_pre)")
             tensors = dict(gpt2.read_safetensors(path / "sae_weights.safetensors"))
-            tensors |= {key: tensors[key].T for key in ("W_enc", "W_dec") if key in tensors}
-            keys = "W_enc", "b_enc", "W_dec", "b_dec"
-        else:
-            check(path.exists(), "there is no such file or folder")
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-                found = [re.match(r"blocks-(\d{1,4})-hook_resid_pre\.", key) for key in tensors]
-            except Exception:  # whatever a file that is not torch's brings up
-                check(False, "this is not a file of SAEs that torch can read")
-            layers = sorted({int(match[1]) for match in found if match})
-            check(layers, "there is no SAE in this file")
-            check(len(layers) == 1 or layer in layers, f"it holds SAEs of layers {layers}: choose one with --layer")
-            layer = layers[0] if len(layers) == 1 else layer
-            made_for = {"model": "gpt2", "layer": layer, "context": 1024}
-            parts = "encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"
-            keys = [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts]
-        found = [tensors.get(key) for key in keys]
-        check(all(torch.is_tensor(t) and t.is_floating_point() and t.isfinite().all() for t in found),
-              f"one of {', '.join(keys)} is missing or is not finite")
-        W_enc, b_enc, W_dec, b_dec = (t.float() for t in found)
-        check(W_enc.ndim == 2 and W_enc.numel(), "its encoder is no matrix")
-        (n_features, d_model), norms = W_enc.shape, 1
-        shapes = [t.shape for t in (b_enc, W_dec, b_dec)]
-        check(shapes == [(n_features,), (d_model, n_features), (d_model,)], "its shapes do not belong together")
-        if path.is_dir():  # SAELens does not normalise; nor do all of its SAEs have b_dec where ours do
+            tensors |= {key: t.T for key, t in tensors.items() if t.ndim == 2}
+            W_enc, b_enc, W_dec, b_dec = take(tensors, ["W_enc", "b_enc", "W_dec", "b_dec"])
+            # SAEs of SAELens may have rows of any length, and take b_dec from their input: the same
+            # function in our form has the lengths in the encoder and b_dec in its bias
             if cfg.get("apply_b_dec_to_input"):
                 b_enc = b_enc - W_enc @ b_dec
             norms = W_dec.norm(dim=0)
-            norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # exactly 1 for what `save` wrote
+            norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # what `save` wrote stays as it is
+            W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
+            made_for = {"model": about.get("model_name"), "layer": int(place[1]), "context": about.get("context_size")}
+        else:
+            check(path.exists(), "there is no such file or folder")
+            tensors = read_torch(path) or {}
+            places = [re.match(r"blocks-(\d{1,4})-hook_resid_pre\.", key) for key in tensors]
+            layers = sorted({int(place[1]) for place in places if place})
+            check(layers, "there is no SAE in this file")
+            check(len(layers) == 1 or layer in layers, f"it holds SAEs of layers {layers}: choose with --layer")
+            layer = layers[0] if len(layers) == 1 else layer
+            parts = "encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"
+            W_enc, b_enc, W_dec, b_dec = take(tensors, [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts])
+            made_for = {"model": "gpt2", "layer": layer, "context": 1024}
         with torch.device("meta"):  # the usual first weights would only be thrown away
-            sae = cls(d_model, n_features)
-        weights = [W_enc * norms[:, None], b_enc * norms] if path.is_dir() else [W_enc, b_enc]
-        weights = [t.contiguous().clone() for t in (*weights, W_dec, b_dec)]
+            sae = cls(W_enc.shape[1], W_enc.shape[0])
+        weights = [t.contiguous().clone() for t in (W_enc, b_enc, W_dec, b_dec)]
         sae.load_state_dict(dict(zip(sae.state_dict(), weights)), assign=True)
         sae.made_for = made_for
         return sae
@@ -381,18 +381,19 @@ class KLLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, spliced, clean, unembedding):
-        """KL of the next-token distributions of two hidden states.
+    def forward(ctx, spliced, clean, unembedding, chunk=None):
+        """KL between the next-token distributions of two runs.
 
         Args:
             spliced, clean: what the unembedding is applied to, (pos, d_model) each.
             unembedding: (vocab, d_model), frozen.
+            chunk: positions at a time; if None, 32 MB of float32 logits, on a GPU 256 MB.
 
         Returns:
             the mean KL in nats; its gradient reaches `spliced` alone.
         """
         kl, gradient = 0.0, torch.empty_like(spliced)
-        chunk = max(1, (2**27 if spliced.is_cuda else 2**23) // len(unembedding))  # 512 or 32 MB
+        chunk = chunk or max(1, (2**26 if spliced.is_cuda else 2**23) // len(unembedding))
         for s, c, g in zip(spliced.split(chunk), clean.split(chunk), gradient.split(chunk)):
             log_p = F.log_softmax(F.linear(c, unembedding), -1)  # (chunk, vocab); float32 under autocast
             log_q = F.log_softmax(F.linear(s, unembedding), -1)
@@ -406,7 +407,7 @@ class KLLoss(torch.autograd.Function):
     def backward(ctx, grad_kl):
         """d KL / d spliced, times what comes from above."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_kl, None, None
+        return gradient * grad_kl, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -517,7 +518,7 @@ def evaluate(gpt, sae, tokens, layer):
     """
     device = sae.encoder.weight.device
     tokens = np.asarray(tokens)
-    n_tokens, context = tokens.size, tokens.shape[1]
+    n_tokens = tokens.size
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = np.array_split(tokens, world)[rank]
     batches = np.array_split(mine, max(1, math.ceil(mine.size / 2048)))  # the logits are large
@@ -526,10 +527,10 @@ def evaluate(gpt, sae, tokens, layer):
     mean = torch.zeros(sae.encoder.in_features, dtype=double, device=device)
     for rows in batches:
         mean += run_blocks(gpt, gpt.embed(to_device(rows, device)), 0, layer)[-1].sum((0, 1), dtype=double)
-    mean = (sum_over_ranks(mean) / n_tokens).to(torch.float32)
+    mean = (sum_over_ranks(mean) / n_tokens).to(gpt.wte.weight.dtype)
 
     sums = {}  # name -> a sum over tokens, of any shape
-    progress = Progress("evaluating", mine.size, "tokens")
+    progress = Progress("evaluating", mine.size, "tokens") if rank == 0 else lambda done: None
     done = 0
 
     def add(name, value):
@@ -641,12 +642,14 @@ def join_ranks(config):
     Returns:
         (rank, world, device): which process this is, of how many, and what it computes on.
     """
-    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(config.device, local_rank if config.device == "cuda" else None)
     if world == 1:
         return 0, 1, device
-    rule = f"a multiple of {world} processes times micro_batch {config.micro_batch}"
-    config.check("batch_size", config.batch_size % (world * config.micro_batch) == 0, rule)
+    config.check("batch_size", config.batch_size % world == 0, f"a multiple of the {world} processes")
+    share = config.batch_size // world
+    rule = f"a divisor of {share}, each process's share of a batch"
+    config.check("micro_batch", share % min(config.micro_batch, share) == 0, rule)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), world, device
@@ -659,25 +662,20 @@ def start_folder(config):
         UserError: if it is there already, or cannot be made.
     """
     out = Path(config.out)
-    beside = out.with_name(f"{out.name}.{os.getpid()}.part")
-    try:
-        if not out.exists():
-            write_json(beside / "config.json", asdict(config))
+    if not out.exists():
+        beside = out.with_name(f"{out.name}.{os.getpid()}.part")
+        try:
+            gpt2.write_json(beside / "config.json", asdict(config))
             os.rename(beside, out)
             return
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if not out.exists():
-            raise UserError(f"cannot make {out}: {error.strerror}; choose another with --out") from None
+        except (OSError, UserError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if not out.exists():
+                raise UserError(f"cannot make {out}: {error}; choose another with --out") from None
     raise UserError(f"{out} is there already: go on with --resume {out}, or choose another with --out")
 
 
-def write_json(path, value):
-    """Write a value as JSON, atomically; UserError if it cannot be written."""
-    gpt2.write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
-
-
-def load_checkpoint(path, sae, optimizer):
+def load_checkpoint(path, sae, optimizer, config):
     """Put a checkpoint back into `sae` and `optimizer`.
 
     Returns:
@@ -686,24 +684,37 @@ def load_checkpoint(path, sae, optimizer):
     Raises:
         UserError: if it is damaged, or of another version or run; the file stays as it is.
     """
+    remedy = "it is left as it is; delete it, and --resume starts from the first step"
+    saved = read_torch(path) or {}
+    if saved.get("version") != CHECKPOINT:
+        raise UserError(f"{path} is damaged or of another version: {remedy}")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["version"] != CHECKPOINT:
-            raise ValueError
+        for name, value in asdict(config).items():
+            if name not in EXECUTION and saved["config"][name] != value:
+                raise UserError(f"{path} is of a run with {name} {saved['config'][name]}, config.json beside it "
+                                f"has {value}: {remedy}")
         sae.load_state_dict(saved["sae"])
         optimizer.load_state_dict(saved["adam"])
         return int(saved["step"])
-    except Exception:  # what torch raises depends on where the file is damaged
-        raise UserError(f"{path} is damaged, or of another version or run: it is left as it is; "
-                        "delete it, and --resume starts from the first step") from None
+    except UserError:
+        raise
+    except Exception:  # what torch raises depends on what is missing
+        raise UserError(f"{path} is damaged: {remedy}") from None
 
 
 def open_log(path, step):
-    """Open log.jsonl to append to, without the lines of steps after `step`, or a line half written."""
+    """Open log.jsonl to append to, without the lines of steps after `step`, or a line half written.
+
+    Raises:
+        UserError: if there is something else in it.
+    """
     kept = b""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no log of a run: move it elsewhere, and resume again") from None
         kept += line
     gpt2.write_atomic(path, lambda file: file.write(kept))
     return open(path, "a")
@@ -779,9 +790,13 @@ def train(config, resume=False):
     path = out / "checkpoint.pt"
     if rank == 0 and not resume:
         start_folder(config)
-    with gpt2.lock(out, wait=False) if rank == 0 else nullcontext(), worded_failures(out, world):
-        step = began = load_checkpoint(path, sae, optimizer) if resume and path.exists() else 0
-        log = open_log(out / "log.jsonl", step) if rank == 0 else None
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(gpt2.lock(out, wait=False))
+        resumed = resume and path.exists()
+        step = began = load_checkpoint(path, sae, optimizer, config) if resumed else 0
+        log = stack.enter_context(open_log(out / "log.jsonl", step)) if rank == 0 else None
+        stack.enter_context(worded_failures(out, world))
         saved_at = printed_at = logged_at = time.time()
         logged_step = step
         with noted_signals(rank) as signals:
@@ -789,7 +804,7 @@ def train(config, resume=False):
                 first = step * config.batch_size + rank * share
                 tokens = to_device(sequences(text, config.seed, first, share), device)
                 sums = 0  # of the loss and its terms
-                for part in tokens.split(config.micro_batch):
+                for part in tokens.split(min(config.micro_batch, share)):
                     with autocast:
                         loss, terms = loss_of(gpt, sae, part, config)
                     weight = len(part) / config.batch_size
@@ -810,7 +825,8 @@ def train(config, resume=False):
 
                 now = time.time()
                 log_due = step % config.log_steps == 0 or step in (1, n_steps)
-                save_due = now - saved_at >= 60 * config.checkpoint_minutes or step == n_steps or signals
+                stop = bool(signals)
+                save_due = stop or step == n_steps or now - saved_at >= 60 * config.checkpoint_minutes
                 if not log_due and not save_due:
                     continue
                 if failed:
@@ -833,9 +849,10 @@ def train(config, resume=False):
                 if save_due and rank == 0:
                     saved = {"version": CHECKPOINT, "step": step, "sae": sae.state_dict(),
                              "adam": optimizer.state_dict(), "config": asdict(config)}
+                    os.fsync(log.fileno())  # the log is never behind the checkpoint
                     gpt2.write_atomic(path, lambda file: torch.save(saved, file))
                     saved_at = time.time()
-                if signals:
+                if stop:
                     print(f"stopped by a signal after step {step:,}: go on with --resume {out}", flush=True)
                     raise SystemExit(128 + signals[0])
 
@@ -845,8 +862,96 @@ def train(config, resume=False):
         sae.decoder.weight.data = sae.dictionary.detach().T.contiguous()
         result = evaluate(gpt, sae, held_out[: config.n_eval], config.layer)
         if rank == 0:
-            write_json(out / "eval.json", result)
+            gpt2.write_json(out / "eval.json", result)
     return sae
+
+
+# ------------------------------------------------------------------------------------------------
+# How fast it would be here
+# ------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(sizes, n_features, config):
+    """Floating-point operations of one training step's matrix products, per token.
+
+    With d = d_model, a block has 24 d^2, the unembedding 2 d vocab, one product of the SAE 2 d
+    n_features. The SAE has five: encoder and decoder forward, the gradients of both weights and that
+    of the features. The blocks before `layer` run once, and unless the loss is local the rest runs
+    three times: clean, spliced, and back through spliced. Attention's own products, which grow with
+    the context, are left out.
+    """
+    d = sizes.n_embd
+    rest = (sizes.n_layer - config.layer) * 24 * d * d + 2 * d * sizes.vocab_size
+    return config.layer * 24 * d * d + 5 * 2 * d * n_features + (3 * rest if config.loss != "local" else 0)
+
+
+def benchmark(config):
+    """Print, for each loss, how fast a step's forward and backward pass is on this machine.
+
+    The share is that of the rate which one large matrix product of the same dtype reaches here just
+    before. Weights are random if the model's files are not there, which does not change the speed.
+    """
+    device = torch.device(config.device)
+    torch.set_float32_matmul_precision("high")
+    if config.model in gpt2.OPENAI and not (gpt2.DATA / config.model / "model.safetensors").exists():
+        print(f"the weights of {config.model} are not here: random ones of its shapes are used")
+        gpt = GPT(GPTConfig(*gpt2.OPENAI[config.model]))
+        for parameter in gpt.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    else:
+        gpt = GPT.from_pretrained(config.model)
+    config.fit(gpt)
+    gpt.to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+    def seconds(work):  # of one call: after one to warm up, at least three, and three seconds of them
+        work()
+        wait()
+        start, calls = time.time(), 0
+        while calls < 3 or time.time() - start < 3:
+            work()
+            wait()
+            calls += 1
+        return (time.time() - start) / calls
+
+    print(f"{config.model}, layer {config.layer}, {config.n_features:,} elements, "
+          f"{config.micro_batch} x {config.context} tokens, {device}, {config.dtype}, "
+          f"{torch.get_num_threads()} threads, compile {'on' if config.compile else 'off'}")
+    print(f"{'loss':8}{'tokens/s':>10}{'MFLOP/token':>13}{'GFLOP/s':>10}{'product':>10}{'share':>7}"
+          f"{'peak GB':>9}   {config.n_sequences:,} sequences")
+    for loss in ("local", "e2e", "e2e_ds"):
+        one = replace(config, loss=loss)
+        torch.manual_seed(config.seed)
+        sae = SAE(gpt.config.n_embd, config.n_features).to(device)
+        tokens = torch.randint(gpt.config.vocab_size, (config.micro_batch, config.context), device=device)
+        loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
+        square = torch.randn(2, *[8192 if device.type == "cuda" else 2048] * 2, device=device)
+
+        def product(a=square[0], b=square[1]):
+            with autocast:
+                return a @ b
+
+        def step(sae=sae, loss_of=loss_of, tokens=tokens, one=one):
+            sae.zero_grad()
+            with autocast:
+                value, _ = loss_of(gpt, sae, tokens, one)
+            value.backward()
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rate = 2 * square.shape[1] ** 3 / seconds(product)
+        speed = tokens.numel() / seconds(step)
+        flops = flops_per_token(gpt.config, config.n_features, one)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:  # of the whole process so far
+            import resource  # Windows has it not
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"{loss:8}{speed:10,.0f}{flops / 1e6:13,.1f}{speed * flops / 1e9:10,.1f}{rate / 1e9:10,.1f}"
+              f"{speed * flops / rate:7.0%}{peak / 1e9:9.2f}   "
+              f"{duration(config.n_sequences * config.context / speed)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -873,6 +978,7 @@ def make_parser():
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--evaluate", nargs="+", metavar="SAE", help="print what SAEs cost the model, side by side")
     other.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped")
+    other.add_argument("--benchmark", action="store_true", help="print how fast each loss trains here")
     return parser
 
 
@@ -902,20 +1008,28 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         flags = vars(make_parser().parse_args(arguments))
-        names, folder = flags.pop("evaluate"), flags.pop("resume")
+        names, folder, timing = flags.pop("evaluate"), flags.pop("resume"), flags.pop("benchmark")
         if names:
             evaluate_all(names, flags)
             return 0
-        config = Config.load(Path(folder) / "config.json", flags) if folder else Config(**flags)
-        if not (folder and (Path(folder) / "eval.json").exists()):
-            train(config, resume=folder is not None)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print_table({config.out: gpt2.read_json(Path(config.out) / "eval.json")})
+        if timing:
+            benchmark(Config(**flags))
+            return 0
+        resume = folder is not None
+        config = Config.load(Path(folder) / "config.json", flags) if resume else Config(**flags)
+        path = Path(config.out) / "eval.json"
+        if not (resume and path.exists()):
+            train(config, resume)
+        if int(os.environ.get("RANK", "0")) == 0:
+            try:
+                print_table({config.out: gpt2.read_json(path)})
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{path} is no result of a run: delete it, and --resume makes it again") from None
             print(f"\nIn {config.out}: the SAE as SAELens reads it, config.json, log.jsonl, eval.json")
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except (UserError, OSError) as error:  # OSError: a path that the system does not take
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

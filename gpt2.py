@@ -1,24 +1,23 @@
-"""GPT-2 in plain PyTorch: the model, its weights, its tokenizer, its text, and one download function.
+"""GPT-2 in plain PyTorch: the model, its weights, its tokenizer, its text, one download function.
 
     gpt = GPT.from_pretrained("gpt2")        # OpenAI's weights, fetched once into data/gpt2/
-    gpt = GPT.from_pretrained("stdlib")      # the small model in data/stdlib/, no network needed
+    gpt = GPT.from_pretrained("stdlib")      # the small model in data/stdlib/: no network needed
     logits = gpt(tokens)                     # (batch, pos) -> (batch, pos, vocab)
 
-The forward pass is only this, so that anything can be done to the residual stream on the way:
+The forward pass is no more than this, so that anything can be done to the residual stream on the way:
 
     x = gpt.embed(tokens)                    # (batch, pos, d_model), the residual stream
     for block in gpt.h:
         x = block(x)                         # (batch, pos, d_model)
     logits = gpt.unembed(x)                  # (batch, pos, vocab)
 
-What it is not: it has no dropout, no key-value cache and no generation. It is made to be read, run
-forward, and differentiated with respect to activations: its parameters are frozen. The modules
-bear OpenAI's names, so that every tensor of their file is found by its name.
+What it is not: it has no dropout, no key-value cache, no generation. It is made to be read, to be run
+forward, and to be differentiated with respect to activations; its parameters are frozen. The modules
+bear OpenAI's names, so each tensor of their file is found by its name.
 
-One thing differs from OpenAI's code, and no output changes by it: the residual stream has zero mean
-over d_model at every position. Whatever reads the stream reads it through a LayerNorm, which
-subtracts that mean anyway. This is also what TransformerLens does ("center_writing_weights"), so
-activations here equal its `blocks.{layer}.hook_resid_pre`.
+One thing is not as in OpenAI's code, and no output changes by it: the residual stream has zero mean
+over d_model. All that reads the stream reads it through a LayerNorm, which takes that mean off anyway.
+TransformerLens does the same, so activations here equal its `blocks.{layer}.hook_resid_pre`.
 """
 
 import hashlib
@@ -40,13 +39,18 @@ import torch.nn.functional as F
 
 try:
     import fcntl
-except ImportError:  # Windows has no advisory file locks; `lock` says so when one is wanted
+except ImportError:  # Windows has no such locks; `lock` says so when one is wanted
     fcntl = None
 
 DATA = Path(__file__).resolve().parent / "data"
-SMALL, MAIN = "607a30d783dfa663caf39e06633721c8d4cfcd7e", "main"  # revisions on the hub
-OPENAI = {"gpt2": SMALL, "gpt2-medium": MAIN, "gpt2-large": MAIN, "gpt2-xl": MAIN}
-SHA256 = {  # of GPT-2 small's files; those of the others come from the server's X-Linked-Etag
+OPENAI = {  # the models that can be had by name: layers, heads, d_model
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+REVISION = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # on the hub; of the others, main
+SHA256 = {  # of GPT-2 small's files; for the others the server says it
     "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
@@ -61,63 +65,56 @@ class UserError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------
-# Fetching files
+# Files: progress, locks, atomic writing, fetching
 # ------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A line on stderr that says what, how far, how fast and how long still.
+def duration(seconds):
+    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min, 3 d 04 h."""
+    units = ("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)
+    for unit, size, lower, lower_size in units:
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit} {seconds % size // lower_size:02.0f} {lower}"
+    return f"{seconds:.0f} s"
 
-    On a terminal the line is rewritten in place; in a log there is a new one every ten seconds.
-    Nothing is printed of what ends within the first second.
+
+class Progress:
+    """A line on stderr: what, how far, how fast, how long still.
+
+    On a terminal it is rewritten every second; in a log there is a new one every ten. What is over
+    within the first second prints nothing.
     """
 
-    def __init__(self, what, total, unit="", scale=1, done=0):
-        self.what, self.total, self.unit, self.scale = what, total, unit, scale
-        self.first, self.start, self.shown = done, time.time(), time.time()
+    def __init__(self, what, total, unit, scale=1, done=0):
+        self.what, self.total, self.unit, self.scale, self.first = what, total, unit, scale, done
+        self.start = self.shown = time.time()
         self.every = 1 if sys.stderr.isatty() else 10
 
     def __call__(self, done):
-        """Say that `done` units of `total` are there (`total` may be None: not known)."""
+        """`done` of `total` units are there (`total` may be None: not known)."""
         now = time.time()
         ended = done == self.total and self.shown > self.start
         if now - self.shown < self.every and not ended:
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        line = f"{self.what}: {done / self.scale:,.0f}"
-        if self.total:
-            line += f" of {self.total / self.scale:,.0f}"
-        line += f" {self.unit}, {rate / self.scale:,.1f} {self.unit}/s"
-        if self.total and rate > 0:
-            line += f", {duration((self.total - done) / rate)} left"
-        end = "\n" if ended or self.every > 1 else ""
-        print(f"\r{line:<78}" if self.every == 1 else line, end=end, file=sys.stderr, flush=True)
-
-
-def duration(seconds):
-    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min, 3 d 04 h."""
-    for unit, size, below, below_size in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} {seconds % size // below_size:02.0f} {below}"
-    return f"{seconds:.0f} s"
+        rate = (done - self.first) / (now - self.start)
+        of = f" of {self.total / self.scale:,.0f}" if self.total else ""
+        left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
+        line = f"{self.what}: {done / self.scale:,.0f}{of} {self.unit}"
+        line += f", {rate / self.scale:,.1f} {self.unit}/s{left}"
+        start, end = ("\r", "\n" if ended else "") if self.every == 1 else ("", "\n")
+        print(f"{start}{line:<78}", end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def lock(folder, wait=True):
-    """Hold `folder` against other processes; released by the system even after `kill -9`.
+    """Hold `folder` against other processes. The system lets go of it even after `kill -9`.
 
     Raises:
-        UserError: with wait=False, if another process holds it.
+        UserError: if another process holds it, with wait=False.
     """
     if fcntl is None:
-        print(
-            f"this system has no file locks: start no second process on {folder}", file=sys.stderr
-        )
+        print(f"no file locks on this system: start no second process on {folder}", file=sys.stderr)
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -126,9 +123,7 @@ def lock(folder, wait=True):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise UserError(
-                    f"{folder} is in use by another process: wait for it, or stop it"
-                ) from None
+                raise UserError(f"{folder} is in use by another process: wait or stop it") from None
             print(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -137,10 +132,10 @@ def lock(folder, wait=True):
 
 
 def write_atomic(path, write):
-    """Call `write(file)` on a binary file beside `path`, then swap it in: never a half-written file.
+    """Call `write(file)` on a binary file beside `path`, then swap it in: it is never half written.
 
     Raises:
-        UserError: if the disk is full or the folder cannot be written; `path` is then as it was.
+        UserError: if the disk is full or the folder cannot be written; `path` is as it was.
     """
     path = Path(path)
     beside = path.with_name(path.name + ".part")
@@ -151,11 +146,32 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's word for a full disk
         beside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error}; free some space or choose another folder"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from None
+
+
+def write_json(path, value):
+    """Write `value` as JSON, as write_atomic does."""
+    write_atomic(path, lambda file: file.write(json.dumps(value, indent=2).encode() + b"\n"))
+
+
+def read_json(path):
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: if there is no such file, or something else in it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path} is not a JSON object: delete it, and fetch or save it again")
 
 
 def hub_url(repo, revision, file):
@@ -165,7 +181,7 @@ def hub_url(repo, revision, file):
 
 
 class Broken(Exception):
-    """A transfer that failed in a way that another try may mend."""
+    """A transfer that failed; another try may do."""
 
 
 class Refused(Exception):
@@ -175,12 +191,12 @@ class Refused(Exception):
 def download(url, path, sha256=None):
     """Fetch `url` to `path`, once: a file that is there is neither fetched nor hashed again.
 
-    The transfer goes to `path.part`, goes on from there if it breaks (also in a later run), and is
+    The transfer goes to `path.part`, goes on from there if it breaks (in a later run, too), and is
     checked against its length and its SHA-256 before it gets its name. Of several processes that
-    want files in one folder, one fetches and the others wait for it.
+    want files in one folder, one fetches and the others wait.
 
     Args:
-        url: http or https; proxies and certificates are those of the environment, as in requests.
+        url: http or https; proxies and certificates are the environment's, as requests has them.
         path: where the file goes.
         sha256: what it must be; if None, what the server's X-Linked-Etag says, if it says so.
 
@@ -188,23 +204,21 @@ def download(url, path, sha256=None):
         path
 
     Raises:
-        UserError: if the file cannot be had; nothing is left under its name.
+        UserError: if the file cannot be had. Nothing is then under its name.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
 
     def give_up(reason):
-        raise UserError(
-            f"cannot fetch {url}: {reason}; put the file at {path} by hand, "
-            "or use --model stdlib, which needs no network"
-        ) from None
+        raise UserError(f"cannot fetch {url}: {reason}; put the file at {path} by hand, "
+                        "or use --model stdlib, which needs no network") from None
 
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.parent):
-            start, tries, before = time.time(), 0, 0
+            start, tries, size = time.time(), 0, 0
             while not path.exists():
                 try:
                     fetch_rest(url, part, sha256)
@@ -212,29 +226,26 @@ def download(url, path, sha256=None):
                 except (Refused, ValueError) as error:  # ValueError: a header that is no number
                     give_up(error)
                 except (Broken, requests.RequestException) as error:
-                    size = part.stat().st_size if part.exists() else 0
-                    tries, before = (1 if size > before else tries + 1), size
-                    offline = (
-                        isinstance(error, requests.ConnectionError) and time.time() - start > 8
-                    )
-                    if tries == 5 or offline and not size:
+                    before, size = size, part.stat().st_size if part.exists() else 0
+                    tries = 1 if size > before else tries + 1
+                    no_network = isinstance(error, requests.ConnectionError) and size == 0
+                    if tries == 5 or no_network and time.time() - start > 8:
                         give_up(in_words(error))
                     print(f"{path.name}: {in_words(error)}; trying again", file=sys.stderr)
                     time.sleep(2 ** (tries - 1))
     except OSError as error:
-        give_up(f"cannot write {part}: {error.strerror or error}")
+        give_up(f"cannot write {part} ({error.strerror or error})")
     return path
 
 
 def in_words(error):
     """The gist of a failed transfer: requests wraps the cause several layers deep."""
-    for kind, words in (
-        (requests.exceptions.SSLError, "the server's certificate is not trusted"),
-        (requests.exceptions.ProxyError, "the proxy does not answer"),
-        (requests.exceptions.Timeout, "no answer in time"),
-        (requests.exceptions.ConnectionError, "no connection"),
-        (requests.exceptions.ChunkedEncodingError, "the connection broke"),
-    ):
+    kinds = requests.exceptions
+    for kind, words in ((kinds.SSLError, "the server's certificate is not trusted"),
+                        (kinds.ProxyError, "the proxy does not answer"),
+                        (kinds.Timeout, "no answer in time"),
+                        (kinds.ConnectionError, "no connection"),
+                        (kinds.ChunkedEncodingError, "the connection broke")):
         if isinstance(error, kind):
             return words
     return str(error)[:200]
@@ -244,8 +255,8 @@ def fetch_rest(url, part, sha256):
     """Fetch what `part` still lacks of `url`, and check the whole.
 
     Raises:
-        Broken, Refused, requests.RequestException: if `part` is not now the whole, right file. If
-            its bytes were wrong, it is deleted.
+        Broken, Refused, requests.RequestException: if `part` is not the whole, right file now. If
+            it holds wrong bytes, it is deleted.
     """
     done = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
@@ -257,61 +268,48 @@ def fetch_rest(url, part, sha256):
             raise Refused(f"the server answers {code} {answer.reason}")
         if answer.headers.get("Content-Type", "").startswith("text/html"):
             raise Refused("the server answers with a web page instead of the file")
-        if code == 416 or code == 206 and not span.startswith(f"bytes {done}-"):
-            if span != f"bytes */{done}":  # else nothing is left to fetch
-                part.unlink()
-                raise Broken("the file on the server has changed")
-        resumed = done if code != 200 else 0  # 200: the server sends all of it again
-        first = answer.history[0] if answer.history else answer  # the redirect knows size and hash
-        length = answer.headers.get("Content-Length") if code != 416 else 0
-        total = int(
-            first.headers.get("X-Linked-Size")
-            or (resumed + int(length) if length is not None else -1)
-        )
+        whole = code == 416 and span == f"bytes */{done}"  # nothing is left to fetch
+        if not (whole or code == 200 or span.startswith(f"bytes {done}-")):
+            part.unlink()
+            raise Broken("the file on the server is another than before")
+        done = 0 if code == 200 else done  # 200: the server sends it from the start
+        first = answer.history[0] if answer.history else answer  # a redirect knows size and hash
+        length = 0 if whole else answer.headers.get("Content-Length")
+        size = first.headers.get("X-Linked-Size") or (None if length is None else done + int(length))
+        size = None if size is None else int(size)
         etag = first.headers.get("X-Linked-Etag", "").strip('"')
         sha256 = sha256 or (etag if len(etag) == 64 else None)
-        digest = hashlib.sha256()
-        progress = Progress(part.stem, total if total > 0 else None, "MB", 1e6, resumed)
+        resumed, digest, progress = done > 0, hashlib.sha256(), Progress(part.stem, size, "MB", 1e6, done)
         with open(part, "rb+" if resumed else "wb") as file:
-            while chunk := file.read(1 << 20) if resumed else b"":
+            while resumed and (chunk := file.read(1 << 20)):
                 digest.update(chunk)
-            done = resumed
-            for chunk in answer.iter_content(1 << 20) if code != 416 else ():
+            for chunk in () if whole else answer.iter_content(1 << 20):
                 file.write(chunk)
                 digest.update(chunk)
-                done += len(chunk)
-                progress(done)
-    wrong = None
-    if 0 <= done < total:
-        raise Broken(f"the connection broke after {done:,} of {total:,} bytes")
-    if done > total >= 0:
-        wrong = f"{done:,} bytes came instead of {total:,}"
+                progress(done := done + len(chunk))
+    if size is not None and done < size:
+        raise Broken(f"the connection broke after {done:,} of {size:,} bytes")
+    if size is not None and done > size:
+        wrong = f"{done:,} bytes came instead of {size:,}"
     elif sha256 and digest.hexdigest() != sha256:
         wrong = f"its SHA-256 is {digest.hexdigest()} instead of {sha256}"
-    if wrong:
-        part.unlink()
-        raise (
-            Broken(wrong) if resumed else Refused(wrong)
-        )  # resumed: perhaps only its first half was
+    else:
+        return
+    part.unlink()
+    raise (Broken if resumed else Refused)(wrong)  # resumed: the first half may be of another file
 
 
 # ------------------------------------------------------------------------------------------------
-# Safetensors: 8 bytes (length of the header, little-endian), the header (JSON), the raw tensors
+# Safetensors: 8 bytes (the header's length, little-endian), the header (JSON), the raw tensors
 # ------------------------------------------------------------------------------------------------
 
 DTYPES = {
-    "F32": (np.float32, torch.float32),
-    "F16": (np.float16, torch.float16),
-    "BF16": (np.int16, torch.bfloat16),
-    "F64": (np.float64, torch.float64),
-    "I64": (np.int64, torch.int64),
-    "I32": (np.int32, torch.int32),
-    "I16": (np.int16, torch.int16),
-    "I8": (np.int8, torch.int8),
-    "U8": (np.uint8, torch.uint8),
-    "BOOL": (np.bool_, torch.bool),
-}
-MAX_HEADER = 1 << 20  # GPT-2 xl's is 90 kB
+    "F64": (np.float64, torch.float64), "F32": (np.float32, torch.float32),
+    "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16),
+    "I64": (np.int64, torch.int64), "I32": (np.int32, torch.int32), "I16": (np.int16, torch.int16),
+    "I8": (np.int8, torch.int8), "U8": (np.uint8, torch.uint8), "BOOL": (np.bool_, torch.bool),
+}  # fmt: skip
+MAX_HEADER = 1 << 20  # bytes; GPT-2 xl's has 90,000
 
 
 def read_header(path):
@@ -321,70 +319,53 @@ def read_header(path):
         {tensor name: (dtype name, shape, offset in the file)}
 
     Raises:
-        UserError: if the file is missing, truncated, or not a sound safetensors file.
+        UserError: if the file is missing, truncated, or no sound safetensors file.
     """
 
-    def check(ok, what):
-        if not ok:
-            raise UserError(
-                f"{path} is not a sound safetensors file ({what}): delete it and fetch or save it again"
-            )
+    def check(sound, what):
+        if not sound:
+            raise UserError(f"{path} is not a sound safetensors file ({what}): "
+                            "delete it, and fetch or save it again")
 
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            check(
-                size >= 8 and length <= size - 8,
-                f"its header would be {length:,} bytes, the file is {size:,}",
-            )
-            check(
-                length <= MAX_HEADER,
-                f"its header is {length:,} bytes, at most {MAX_HEADER:,} are read",
-            )
-            header = json.loads(file.read(length))
+            check(8 + length <= size, f"a header of {length:,} bytes in a file of {size:,}")
+            check(length <= MAX_HEADER, f"a header of {length:,} bytes, {MAX_HEADER:,} are the most")
+            raw = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        check(False, "its header is not JSON")
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        header = None
     check(isinstance(header, dict), "its header is not a JSON object")
     header.pop("__metadata__", None)
 
-    def naturals(x):
-        return isinstance(x, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in x)
+    def naturals(value):
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
-    tensors, spans = {}, []
+    tensors, spans, end = {}, [], 0
     for name, entry in header.items():
-        check(
-            isinstance(entry, dict) and entry.get("dtype") in DTYPES,
-            f"tensor {name[:80]!r} has no known dtype",
-        )
-        shape, span = entry.get("shape"), entry.get("data_offsets")
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        check(isinstance(dtype, str) and dtype in DTYPES, f"tensor {name[:80]!r} has no known dtype")
         check(naturals(shape) and len(shape) <= 8, f"tensor {name[:80]!r} has no sound shape")
-        itemsize = np.dtype(DTYPES[entry["dtype"]][0]).itemsize
-        check(
-            naturals(span) and len(span) == 2 and span[1] - span[0] == math.prod(shape) * itemsize,
-            f"tensor {name[:80]!r} has offsets that do not fit its shape",
-        )
-        tensors[name] = entry["dtype"], shape, 8 + length + span[0]
+        n_bytes = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
+        fits = naturals(span) and len(span) == 2 and span[1] - span[0] == n_bytes
+        check(fits, f"the offsets of tensor {name[:80]!r} do not fit its shape")
+        tensors[name] = dtype, shape, 8 + length + span[0]
         spans.append(span)
-    end = 0
-    for span in sorted(
-        spans
-    ):  # the tensors lie side by side: no gap, no overlap, nothing after the last
+    for span in sorted(spans):  # side by side: no gap, no overlap, nothing after the last
         check(span[0] == end, "its tensors overlap or leave gaps")
         end = span[1]
-    check(
-        8 + length + end == size,
-        f"its tensors end at byte {8 + length + end:,}, the file at {size:,}",
-    )
+    check(8 + length + end == size, f"its tensors end at byte {8 + length + end:,} of {size:,}")
     return tensors
 
 
 def read_safetensors(path):
-    """Yield (name, tensor) of a safetensors file, one at a time; the file is mapped, not copied.
+    """Yield (name, tensor) of a safetensors file, one by one; the file is mapped, not copied.
 
     Raises:
         UserError: as read_header does.
@@ -393,30 +374,18 @@ def read_safetensors(path):
         numpy_dtype, torch_dtype = DTYPES[dtype]
         if math.prod(shape) == 0:
             yield name, torch.empty(shape, dtype=torch_dtype)
-        else:  # mode "c": torch wants writable memory; what is written stays in this process
-            yield (
-                name,
-                torch.from_numpy(np.memmap(path, numpy_dtype, "c", offset, tuple(shape))).view(
-                    torch_dtype
-                ),
-            )
+            continue  # nothing can be mapped
+        mapped = np.memmap(path, numpy_dtype, "c", offset, tuple(shape))  # "c": torch wants to write
+        yield name, torch.from_numpy(mapped).view(torch_dtype)
 
 
 def write_safetensors(path, tensors):
-    """Write {name: float tensor} as a safetensors file, atomically.
-
-    Raises:
-        UserError: if it cannot be written; a file that was there is then still whole.
-    """
-    names = {torch.float32: "F32", torch.float16: "F16"}
+    """Write {name: float32 or float16 tensor} as a safetensors file, as write_atomic does."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         span = [end, end := end + tensor.numel() * tensor.element_size()]
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
+        dtype = {torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": span}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned
 
@@ -449,39 +418,25 @@ class GPTConfig:
         """Read config.json.
 
         Raises:
-            UserError: if a size is missing or impossible, or the model is not a GPT-2.
+            UserError: if a size is missing or impossible, or the model is no GPT-2.
         """
         raw = read_json(path)
-        if raw.get("activation_function", "gelu_new") != "gelu_new":
-            raise UserError(
-                f"{path}: activation_function is {str(raw['activation_function'])[:80]!r}, "
-                "GPT-2's is 'gelu_new': choose a GPT-2"
-            )
         config = cls(**{name: raw.get(name) for name in cls.__dataclass_fields__})
-        for name, most in (
-            ("n_layer", 1000),
-            ("n_head", 1000),
-            ("n_embd", 10**5),
-            ("n_positions", 10**6),
-            ("vocab_size", 10**6),
-        ):
+        most = dict(n_layer=1000, n_head=1000, n_embd=10**5, n_positions=10**6, vocab_size=10**6)
+
+        def check(name, sound, rule):
+            if not sound:
+                raise UserError(f"{path}: {name} is {str(raw.get(name))[:80]}, must be {rule}: "
+                                "fetch or save a GPT-2's config.json again")
+
+        for name, limit in most.items():
             value = getattr(config, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise UserError(
-                    f"{path}: {name} is {str(value)[:80]}, must be a whole number from 1 to {most:,}: "
-                    "fetch or save the file again"
-                )
+            sound = type(value) is int and 1 <= value <= limit
+            check(name, sound, f"a whole number from 1 to {limit:,}")
         epsilon = config.layer_norm_epsilon
-        if type(epsilon) is not float or not 0 < epsilon < 1:
-            raise UserError(
-                f"{path}: layer_norm_epsilon is {str(epsilon)[:80]}, must be between 0 and 1: "
-                "fetch or save the file again"
-            )
-        if config.n_embd % config.n_head:
-            raise UserError(
-                f"{path}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}: "
-                "fetch or save the file again"
-            )
+        check("layer_norm_epsilon", type(epsilon) is float and 0 < epsilon < 1, "between 0 and 1")
+        check("n_embd", config.n_embd % config.n_head == 0, f"a multiple of n_head {config.n_head}")
+        check("activation_function", raw.get("activation_function") == "gelu_new", "gelu_new")
         return config
 
 
@@ -498,10 +453,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (batch, pos, d_model) -> the same
         batch, pos, d_model = x.shape
-        q, k, v = (
-            part.view(batch, pos, self.n_head, -1).transpose(1, 2)  # (batch, head, pos, d_head)
-            for part in self.c_attn(x).split(d_model, dim=2)
-        )
+        q, k, v = (part.view(batch, pos, self.n_head, -1).transpose(1, 2)  # (batch, head, pos, d_head)
+                   for part in self.c_attn(x).split(d_model, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(batch, pos, d_model))
 
@@ -534,7 +487,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): embed, then the blocks `h`, then unembed. Its parameters are frozen."""
+    """GPT-2 (Radford et al. 2019): embed, the blocks `h`, unembed. Its parameters are frozen."""
 
     def __init__(self, config):
         super().__init__()
@@ -553,7 +506,7 @@ class GPT(nn.Module):
         return x - x.mean(-1, keepdim=True)  # zero mean: see the top of the file
 
     def unembed(self, x):
-        """The residual stream after the last block (batch, pos, d_model) -> logits (batch, pos, vocab)."""
+        """The residual stream leaving the last block -> logits (batch, pos, vocab)."""
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, tokens):
@@ -568,43 +521,42 @@ class GPT(nn.Module):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (fetched once), "stdlib", or a folder.
 
         A folder holds `config.json` and `model.safetensors` as openai-community/gpt2 does. Weights
-        come out as float32 on the CPU, with the residual stream's mean removed.
+        come out as float32 on the CPU, with the mean taken off the residual stream.
 
         Raises:
-            UserError: if a file cannot be had or is not sound, or a tensor is missing, unexpected
-                or of another shape.
+            UserError: if a file cannot be had or is not sound, or a tensor is missing, is no part
+                of this GPT-2, or has another shape.
         """
         folder = model_folder(name_or_folder)
         path = folder / "model.safetensors"
         with torch.device("meta"):  # shapes only: memory is taken once the file is known to fit
             gpt = cls(GPTConfig.load(folder / "config.json"))
-        wanted = gpt.state_dict()
-        found = {}  # our name -> their name
-        for name in read_header(path):
+        wanted, theirs = gpt.state_dict(), {}  # theirs: our name -> the name in the file
+
+        def check(sound, what):
+            if not sound:
+                raise UserError(f"{path}: {what}: choose a config.json and model.safetensors of one GPT-2")
+
+        def stored_transposed(name):  # OpenAI's Conv1D stores (in, out), nn.Linear (out, in)
+            return ".c_" in name and name.endswith("weight")
+
+        for name, (_, shape, _) in read_header(path).items():
             ours = name.removeprefix("transformer.")
-            if (
-                not ours.endswith((".attn.bias", ".attn.masked_bias")) and ours != "lm_head.weight"
-            ):  # no weights
-                found[ours] = name
-        for name in sorted(wanted.keys() ^ found.keys()):
-            what = "is missing" if name in wanted else "is not a part of this GPT-2"
-            raise UserError(
-                f"{path}: tensor {name[:80]!r} {what}: choose a GPT-2 whose config.json belongs to it"
-            )
+            if ours.endswith((".attn.bias", ".attn.masked_bias")) or ours == "lm_head.weight":
+                continue  # the causal mask, and a copy of wte
+            check(ours in wanted and ours not in theirs, f"tensor {name[:80]!r} is no part of this GPT-2")
+            fits = list(wanted[ours].shape)[:: -1 if stored_transposed(ours) else 1]
+            check(shape == fits, f"tensor {name!r} has shape {shape}, config.json says {fits}")
+            theirs[ours] = name
+        missing = sorted(wanted.keys() - theirs.keys())
+        check(not missing, f"tensor {missing[0] if missing else ''!r} is missing")
         gpt.to_empty(device="cpu")
         for name, tensor in read_safetensors(path):
             ours = name.removeprefix("transformer.")
-            if found.get(ours) != name:
+            if ours not in theirs:
                 continue
-            if ".c_" in ours and ours.endswith("weight"):
-                tensor = tensor.T  # OpenAI's Conv1D stores (in, out), nn.Linear (out, in)
-            if tensor.shape != wanted[ours].shape:
-                raise UserError(
-                    f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json says "
-                    f"{list(wanted[ours].shape)}: choose files that belong together"
-                )
             parameter = gpt.get_parameter(ours)
-            parameter.copy_(tensor)
+            parameter.copy_(tensor.T if stored_transposed(ours) else tensor)
             if ".c_proj." in ours:  # what a block adds to the stream has zero mean over d_model
                 parameter -= parameter.mean(0)
         return gpt
@@ -615,25 +567,8 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    """Read a JSON object from a file.
-
-    Raises:
-        UserError: if there is no such file, or something else in it.
-    """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
-    except (ValueError, RecursionError):
-        pass
-    raise UserError(f"{path} is not a JSON object: delete it and fetch or save it again")
-
-
 def model_folder(name_or_folder, files=MODEL_FILES):
-    """The folder of a model, with its files in it: OpenAI's are fetched into data/<name>/ if need be.
+    """The folder of a model; OpenAI's files are fetched into data/<name>/ if they are not there.
 
     Raises:
         UserError: if it is neither a known name nor a folder, or a file cannot be fetched.
@@ -641,21 +576,19 @@ def model_folder(name_or_folder, files=MODEL_FILES):
     name = str(name_or_folder)
     if name in OPENAI:
         for file in files:
-            sha256 = SHA256.get(file) if name == "gpt2" else None
-            download(
-                hub_url(f"openai-community/{name}", OPENAI[name], file), DATA / name / file, sha256
-            )
+            url = hub_url(f"openai-community/{name}", REVISION.get(name, "main"), file)
+            download(url, DATA / name / file, SHA256.get(file) if name == "gpt2" else None)
         return DATA / name
     folder = DATA / "stdlib" if name == "stdlib" else Path(name)
     if not folder.is_dir():
-        raise UserError(f"no model {name!r}: give one of {', '.join(OPENAI)}, stdlib, or a folder")
+        raise UserError(f"no model {name!r}: give {', '.join(OPENAI)}, stdlib, or a folder")
     return folder
 
 
 def printable_bytes():
     """GPT-2's alphabet for raw bytes: {character: byte}, in the order of the first 256 token ids.
 
-    The 188 printable Latin-1 characters stand for themselves; the others for U+0100 upward.
+    The 188 printable Latin-1 characters stand for themselves, the other bytes for U+0100 upward.
     """
     themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in themselves]
@@ -667,53 +600,45 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 
 def load_tokenizer(name_or_folder):
-    """A model's byte-pair tokenizer, as a `tiktoken.Encoding`, from its `vocab.json`.
+    """A model's byte-pair tokenizer, a `tiktoken.Encoding`, from its `vocab.json`.
 
-    In GPT-2's vocabulary a token's id is its rank among the merges, so merges.txt is not needed.
+    The id of a token is its rank among the merges, so merges.txt is not needed.
 
     Raises:
-        UserError: if vocab.json is missing or is not such a vocabulary.
+        UserError: if vocab.json is missing or no vocabulary of GPT-2's kind.
     """
     path = model_folder(name_or_folder, ["vocab.json"]) / "vocab.json"
     vocab, alphabet = read_json(path), printable_bytes()
     try:
-        ranks = {
-            bytes(alphabet[c] for c in token): rank
-            for token, rank in vocab.items()
-            if token != END_OF_TEXT
-        }
-        if (
-            sorted(vocab.values()) != list(range(len(vocab)))
-            or not {bytes([b]) for b in range(256)} <= ranks.keys()
-        ):
+        ranks = {bytes(alphabet[char] for char in token): rank
+                 for token, rank in vocab.items() if token != END_OF_TEXT}
+        all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+        if not all_bytes or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError
-        return tiktoken.Encoding(
-            path.parent.name,
-            pat_str=SPLIT,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: vocab[END_OF_TEXT]},
-            explicit_n_vocab=len(vocab),
-        )
+        special = {END_OF_TEXT: vocab[END_OF_TEXT]}
+        return tiktoken.Encoding(path.parent.name, pat_str=SPLIT, mergeable_ranks=ranks,
+                                 special_tokens=special, explicit_n_vocab=len(vocab))
     except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is not a GPT-2 vocabulary (every byte, ids 0 to n-1, {END_OF_TEXT}): "
-            "delete it and fetch or save it again"
-        ) from None
+        raise UserError(f"{path} is no vocabulary of GPT-2's kind (all bytes, ids 0 to n-1, {END_OF_TEXT}): "
+                        "delete it, and fetch or save it again") from None
 
 
 def load_tokens(name_or_folder, split):
     """A model's text: the token ids of its "train" or "val" split, a 1-D array of uint16.
 
-    A model with OpenAI's vocabulary reads OpenWebText (fetched and tokenised on first use); any
-    other reads the running Python's standard library, with its own vocabulary.
+    OpenAI's models read OpenWebText (fetched and tokenised on first use); any other reads the
+    source of the running Python's standard library, with its own vocabulary.
 
     Raises:
         UserError: if the text cannot be had, or its file is not sound.
     """
+    from data import openwebtext, stdlib  # here, since they import this file
+
     if str(name_or_folder) in OPENAI:
-        from data import openwebtext
-
         return openwebtext.load_tokens(split)
-    from data import stdlib
-
-    return stdlib.load_tokens(load_tokenizer(name_or_folder), split)
+    tokenizer = load_tokenizer(name_or_folder)
+    size = GPTConfig.load(model_folder(name_or_folder, []) / "config.json").vocab_size
+    if tokenizer.n_vocab > size:
+        raise UserError(f"{name_or_folder}: vocab.json has {tokenizer.n_vocab:,} tokens, config.json "
+                        f"{size:,}: choose files of one model")
+    return stdlib.load_tokens(tokenizer, split)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt2 import DATA, END_OF_TEXT, GPT, GPTConfig, Progress, UserError, load_tokenizer
-from gpt2 import printable_bytes, write_atomic, write_safetensors
+from gpt2 import printable_bytes, write_atomic, write_json, write_safetensors
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
@@ -222,23 +222,13 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
 
 def save_model(gpt, folder):
     """Write config.json and model.safetensors as openai-community/gpt2 has them, in float16."""
-    tensors = {
-        name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
-        for name, p in gpt.named_parameters()
-    }
+    tensors = {name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
+               for name, p in gpt.named_parameters()}
+    end = gpt.config.vocab_size - 1  # end-of-text
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+              **vars(gpt.config), "bos_token_id": end, "eos_token_id": end}
     write_safetensors(folder / "model.safetensors", tensors)
-    config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "activation_function": "gelu_new",
-        **vars(gpt.config),
-        "bos_token_id": gpt.config.vocab_size - 1,
-        "eos_token_id": gpt.config.vocab_size - 1,
-    }
-    write_atomic(
-        folder / "config.json",
-        lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n"),
-    )
+    write_json(folder / "config.json", config)
 
 
 def main():
