@@ -33,8 +33,8 @@ output, e2e needs fewer features than local, both at once and in all.
     python e2e_sae.py --evaluate out/A out/B                   SAEs side by side
     python e2e_sae.py --resume out/A                           go on with a run that was stopped
 
-What it is not: a library. It has no hooks, no registry, and no SAE but the paper's. It reads from top
-to bottom; nothing leans on what comes further down.
+What it is not: a library. It has no hooks, no registry, and no SAE but the paper's. It reads from
+top to bottom; nothing leans on what comes further down.
 """
 
 import argparse
@@ -65,10 +65,11 @@ from gpt2 import GPT, GPTConfig, Progress, UserError, duration
 # Settings
 # ------------------------------------------------------------------------------------------------
 
-#                GPT-2, as in the paper  |  any other model: sized for stdlib on two CPU cores
+STDLIB_SPARSITY = {"local": 0.5, "e2e": 0.5, "e2e_ds": 0.5}
+# What a setting is for GPT-2, as in the paper, and for other models: sized for stdlib on two cores
 DEFAULTS = {
     "layer": (6, 3),
-    "sparsity": ({"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}, {"local": 0.5, "e2e": 0.5, "e2e_ds": 0.5}),
+    "sparsity": ({"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}, STDLIB_SPARSITY),
     "n_features": (60, 16),  # times d_model
     "n_sequences": (400_000, 4_800),
     "context": (1024, 128),
@@ -96,7 +97,7 @@ class Config:
     layer: int = setting(None, "the SAE sits on the residual stream entering this block", 0)
     loss: str = setting("e2e", "local, e2e or e2e_ds")
     sparsity: float = setting(None, "λ, the weight of the features' L1 norm", 0)
-    downstream: float = setting(2.5, "β, the weight of later layers in e2e_ds (paper: 0.05 at 10)", 0)
+    downstream: float = setting(2.5, "β, weight of later layers in e2e_ds (paper: 0.05 at 10)", 0)
     n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1, 10**7)
     n_sequences: int = setting(None, "sequences to train on, in all", 1)
     context: int = setting(None, "tokens in a sequence", 2)
@@ -125,33 +126,40 @@ class Config:
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         usual["device"] = "cuda" if cuda else "mps" if mps else "cpu"
         usual["compile"] = cuda and self.device in (None, "cuda")
-        usual["dtype"] = "bfloat16" if usual["compile"] and torch.cuda.is_bf16_supported() else "float32"
+        half = usual["compile"] and torch.cuda.is_bf16_supported()
+        usual["dtype"] = "bfloat16" if half else "float32"
         usual["micro_batch"] = self.batch_size
-        usual["warmup"] = (self.n_sequences or usual["n_sequences"]) // 20
+        n_sequences = usual["n_sequences"] if self.n_sequences is None else self.n_sequences
+        usual["warmup"] = n_sequences // 20 if type(n_sequences) is int else 0
         for f in fields(self):
             if getattr(self, f.name) is None:
                 setattr(self, f.name, usual[f.name])
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            value, low = getattr(self, f.name), f.metadata["low"]
+            high = f.metadata["high"] if f.type is int else 1e38
             if value is None:
                 continue
-            kind = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[f.type]
-            self.check(f.name, type(value) is f.type or (f.type is float and type(value) is int), kind)
-            if low is not None:  # which NaN is not either
-                self.check(f.name, low <= value <= high, f"{kind} from {low} to {high:,}")
+            kinds = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+            sound = type(value) is f.type or (f.type is float and type(value) is int)
+            self.check(f.name, sound, kinds[f.type])
+            if low is not None:  # NaN is in no range
+                rule = f"{kinds[f.type]} from {low} to {high:,}"
+                self.check(f.name, low <= value <= high, rule)
                 setattr(self, f.name, f.type(value))
         self.check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         self.check("device", self.device in ("cpu", "cuda", "mps"), "cuda, mps or cpu")
         here = {"cpu": True, "cuda": cuda, "mps": mps}[self.device]
         self.check("device", here, f"there: this machine has none, so {usual['device']}")
-        fits = self.batch_size % self.micro_batch == 0
-        self.check("micro_batch", fits, f"a divisor of batch_size {self.batch_size}")
-        self.check("n_sequences", self.n_sequences >= self.batch_size, f"a batch at least, {self.batch_size}")
+        batch = self.batch_size
+        self.check("micro_batch", batch % self.micro_batch == 0, f"a divisor of batch_size {batch}")
+        self.check("n_sequences", self.n_sequences >= batch, f"at least a batch, {batch}")
         if self.out is None:
-            special = [name for name in usual if name not in ("model", "layer", "loss", "sparsity", *EXECUTION)
-                       and getattr(self, name) != usual[name]]
-            values = {name: getattr(self, name) for name in ("sparsity", *special)}
-            words = [f"{name}{value:g}" if type(value) is not str else value for name, value in values.items()]
-            self.out = "/".join(["out", "-".join([Path(self.model).name, f"layer{self.layer}", self.loss, *words])])
+            name = f"{Path(self.model).name}-layer{self.layer}-{self.loss}"
+            name += f"-sparsity{self.sparsity:g}"
+            for key in usual:  # model, layer, loss, λ, and whatever else is not as usual
+                named = key in ("model", "layer", "loss", "sparsity", *EXECUTION)
+                if not named and getattr(self, key) != usual[key]:
+                    name += f"-{key}{getattr(self, key)}"
+            self.out = str(Path("out") / name)
 
     def check(self, name, sound, rule):
         """Raise UserError unless `sound`."""
@@ -166,7 +174,8 @@ class Config:
             self.n_features = DEFAULTS["n_features"][self.model not in gpt2.OPENAI] * sizes.n_embd
         top = sizes.n_layer - 1 - (self.loss == "e2e_ds")  # e2e_ds needs a layer after its own
         self.check("layer", self.layer <= top, f"at most {top} for {self.loss} on {self.model}")
-        self.check("context", self.context <= sizes.n_positions, f"at most {sizes.n_positions} on {self.model}")
+        longest = sizes.n_positions
+        self.check("context", self.context <= longest, f"at most {longest} on {self.model}")
         return self
 
     @classmethod
@@ -187,8 +196,9 @@ class Config:
         raw["out"] = str(Path(path).parent)  # it may have been moved
         for name, value in flags.items():
             if value != raw[name] and (name not in EXECUTION or name == "out"):
-                raise UserError(f"--{name.replace('_', '-')} is {value}, the run in {raw['out']} has "
-                                f"{str(raw[name])[:80]}: leave the flag out, or start another run")
+                flag, was = "--" + name.replace("_", "-"), str(raw[name])[:80]
+                raise UserError(f"{flag} is {value}, the run in {raw['out']} has {was}: "
+                                "leave the flag out, or start another run")
         try:
             return cls(**raw | flags)
         except UserError as error:
@@ -201,7 +211,7 @@ class Config:
 
 
 def read_torch(path):
-    """The dict that torch.save wrote to a file, or None if it is anything else. Runs no code in it."""
+    """The dict that torch.save wrote to a file, None if it is anything else. Runs no code in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -214,14 +224,17 @@ def read_torch(path):
 # The paper's SAEs: repository, revision, and the hashes that are known beforehand
 APOLLO = "apollo-research/e2e-saes-gpt2", "713515193ec799fd17bd7f6ccf6f209332b07f7d"
 APOLLO_SHA256 = {
-    "local_similar_ce_layer_6.pt": "c49a66c6d9ae4f6ff636d887f31957caf1cffc6375078fcf9f7eb637a00b4ee4",
-    "downstream_similar_ce_layer_6.pt": "68a2aaad18bf2855fb6086ce68bdf6e54a6911a89918ae86b41fff2daee17712",
-    "e2e_similar_ce_layer_10.pt": "f98c3f3f7f21431e4025515987c05ad1edf4a68b78935d7748cf81a0486a85cb",
-}
+    "local_similar_ce_layer_6.pt":
+        "c49a66c6d9ae4f6ff636d887f31957caf1cffc6375078fcf9f7eb637a00b4ee4",
+    "downstream_similar_ce_layer_6.pt":
+        "68a2aaad18bf2855fb6086ce68bdf6e54a6911a89918ae86b41fff2daee17712",
+    "e2e_similar_ce_layer_10.pt":
+        "f98c3f3f7f21431e4025515987c05ad1edf4a68b78935d7748cf81a0486a85cb",
+}  # fmt: skip
 
 
 class SAE(nn.Module):
-    """The paper's sparse autoencoder (section 2.1): one hidden layer, ReLU, unit dictionary elements.
+    """The paper's sparse autoencoder (section 2): one hidden layer, ReLU, unit dictionary elements.
 
     The dictionary is normalised in the forward pass. Without that the features, and with them
     their L1 norm, could shrink for free while the decoder grows.
@@ -252,7 +265,7 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def save(self, folder, model, layer, context):
-        """Write `cfg.json` and `sae_weights.safetensors` as SAELens and the tools around it read them.
+        """Write `cfg.json` and `sae_weights.safetensors`, as SAELens and its companions read them.
 
         Raises:
             UserError: if they cannot be written.
@@ -275,7 +288,7 @@ class SAE(nn.Module):
 
         Args:
             path_or_name: a folder that `save` or SAELens wrote; a .pt file of the paper's library;
-                or `apollo:` and the name of one of the paper's, as in apollo:e2e_similar_ce_layer_6.
+                or `apollo:` and the name of one of theirs, as in apollo:e2e_similar_ce_layer_6.
             layer: which SAE, if a .pt file holds several.
 
         Returns:
@@ -288,17 +301,19 @@ class SAE(nn.Module):
 
         def check(sound, what):
             if not sound:
-                raise UserError(f"{name}: {what}; give the folder of a finished run, a .pt file of the "
-                                "paper's library, or a name like apollo:e2e_similar_ce_layer_6")
+                raise UserError(f"{name}: {what}; give the folder of a finished run, a .pt file of "
+                                "the paper's library, or a name as apollo:e2e_similar_ce_layer_6")
 
         def take(tensors, keys):  # as nn.Linear has them, and sure to belong together
             found = [tensors.get(key) for key in keys]
-            sound = all(torch.is_tensor(t) and t.is_floating_point() and t.isfinite().all() for t in found)
+            floats = all(torch.is_tensor(t) and t.is_floating_point() for t in found)
+            sound = floats and all(t.isfinite().all() for t in found)
             check(sound, f"one of {', '.join(keys)} is missing or not finite")
             weight, *others = [t.float() for t in found]
             n, d = weight.shape if weight.ndim == 2 else (0, 0)
             shapes = [tuple(t.shape) for t in others]
-            check(n * d and shapes == [(n,), (d, n), (d,)], f"the shapes of {', '.join(keys)} do not fit")
+            fit = n * d > 0 and shapes == [(n,), (d, n), (d,)]
+            check(fit, f"the shapes of {', '.join(keys)} do not fit")
             return weight, *others
 
         if name.startswith("apollo:"):
@@ -312,7 +327,7 @@ class SAE(nn.Module):
                 check(cfg.get(key) == plain, f"its {key} is not {plain!r}, as the paper's is")
             about = cfg.get("metadata") if isinstance(cfg.get("metadata"), dict) else {}
             place = re.fullmatch(r"blocks\.(\d{1,4})\.hook_resid_pre", str(about.get("hook_name")))
-            check(place, "its hook_name is no residual stream that enters a block (blocks.6.hook_resid_pre)")
+            check(place, "its hook_name is not blocks.N.hook_resid_pre, a stream entering a block")
             tensors = dict(gpt2.read_safetensors(path / "sae_weights.safetensors"))
             tensors |= {key: t.T for key, t in tensors.items() if t.ndim == 2}
             W_enc, b_enc, W_dec, b_dec = take(tensors, ["W_enc", "b_enc", "W_dec", "b_dec"])
@@ -321,20 +336,23 @@ class SAE(nn.Module):
             if cfg.get("apply_b_dec_to_input"):
                 b_enc = b_enc - W_enc @ b_dec
             norms = W_dec.norm(dim=0)
-            norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # what `save` wrote stays as it is
+            norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # `save`'s stay as they are
             W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
-            made_for = {"model": about.get("model_name"), "layer": int(place[1]), "context": about.get("context_size")}
+            made_for = {"model": about.get("model_name"), "context": about.get("context_size")}
+            made_for["layer"] = int(place[1])
         else:
             check(path.exists(), "there is no such file or folder")
             tensors = read_torch(path) or {}
             places = [re.match(r"blocks-(\d{1,4})-hook_resid_pre\.", key) for key in tensors]
             layers = sorted({int(place[1]) for place in places if place})
             check(layers, "there is no SAE in this file")
-            check(len(layers) == 1 or layer in layers, f"it holds SAEs of layers {layers}: choose with --layer")
+            known = len(layers) == 1 or layer in layers
+            check(known, f"it holds SAEs of layers {layers}: choose one with --layer")
             layer = layers[0] if len(layers) == 1 else layer
             parts = "encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"
-            W_enc, b_enc, W_dec, b_dec = take(tensors, [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts])
-            made_for = {"model": "gpt2", "layer": layer, "context": 1024}
+            keys = [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts]
+            W_enc, b_enc, W_dec, b_dec = take(tensors, keys)
+            made_for = {"model": "gpt2", "context": 1024, "layer": layer}
         with torch.device("meta"):  # the usual first weights would only be thrown away
             sae = cls(W_enc.shape[1], W_enc.shape[0])
         weights = [t.contiguous().clone() for t in (W_enc, b_enc, W_dec, b_dec)]
@@ -354,15 +372,16 @@ def mse_loss(x_hat, x):
 
 
 def sparsity_loss(features, d_model):
-    """Mean over tokens of the features' L1 norm, over d_model; features (batch, pos, n_features)."""
-    return features.sum(-1, dtype=torch.promote_types(features.dtype, torch.float32)).mean() / d_model
+    """Mean over tokens of the L1 norm of features (batch, pos, n_features), divided by d_model."""
+    dtype = torch.promote_types(features.dtype, torch.float32)  # bfloat16 is too coarse for sums
+    return features.sum(-1, dtype=dtype).mean() / d_model  # features are never negative
 
 
 def downstream_loss(spliced, clean):
     """Mean over the later layers of the MSE between their residual streams.
 
     Args:
-        spliced, clean: the residual streams (batch, pos, d_model) entering each later layer, as lists.
+        spliced, clean: lists of the residual streams (batch, pos, d_model) entering each of them.
     """
     return torch.stack([F.mse_loss(s, c) for s, c in zip(spliced, clean, strict=True)]).mean()
 
@@ -395,7 +414,7 @@ class KLLoss(torch.autograd.Function):
         kl, gradient = 0.0, torch.empty_like(spliced)
         chunk = chunk or max(1, (2**26 if spliced.is_cuda else 2**23) // len(unembedding))
         for s, c, g in zip(spliced.split(chunk), clean.split(chunk), gradient.split(chunk)):
-            log_p = F.log_softmax(F.linear(c, unembedding), -1)  # (chunk, vocab); float32 under autocast
+            log_p = F.log_softmax(F.linear(c, unembedding), -1)  # (chunk, vocab)
             log_q = F.log_softmax(F.linear(s, unembedding), -1)
             p = log_p.exp()
             kl = kl + log_p.sub_(log_q).mul_(p).sum()
@@ -446,7 +465,8 @@ def compute_loss(gpt, sae, tokens, config):
         x = run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
     x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
-    terms = {"l0": (features > 0).sum(-1).float().mean(), "sparsity": sparsity_loss(features, x.shape[-1])}
+    terms = {"l0": (features > 0).sum(-1).float().mean()}
+    terms["sparsity"] = sparsity_loss(features, x.shape[-1])
     penalty = config.sparsity * terms["sparsity"]
 
     if config.loss == "local":  # the rest of the model does not run at all
@@ -456,12 +476,12 @@ def compute_loss(gpt, sae, tokens, config):
     with torch.no_grad():
         clean = run_blocks(gpt, x, layer)  # entering layer, layer + 1, ..., leaving the last block
     spliced = run_blocks(gpt, x_hat, layer)
-    hidden = [gpt.ln_f(residuals[-1]).flatten(0, 1) for residuals in (spliced, clean)]  # (tokens, d_model)
-    terms["kl"] = KLLoss.apply(*hidden, gpt.wte.weight)
+    final = [gpt.ln_f(run[-1]).flatten(0, 1) for run in (spliced, clean)]  # (tokens, d_model) each
+    terms["kl"] = KLLoss.apply(*final, gpt.wte.weight)
     if config.loss == "e2e":
         return terms["kl"] + penalty, terms
 
-    terms["downstream"] = downstream_loss(spliced[1:-1], clean[1:-1])  # entering layer + 1 ... n_layer - 1
+    terms["downstream"] = downstream_loss(spliced[1:-1], clean[1:-1])  # layer + 1 ... n_layer - 1
     return 0.5 * terms["kl"] + config.downstream * terms["downstream"] + penalty, terms
 
 
@@ -471,14 +491,15 @@ def compute_loss(gpt, sae, tokens, config):
 
 
 def windows(tokens, context):
-    """A 1-D array of token ids cut into sequences that do not overlap: (sequence, context), no copy.
+    """A 1-D array of token ids cut into (sequence, context), without overlap and without a copy.
 
     Raises:
         UserError: if the text is shorter than one sequence.
     """
     n = len(tokens) // context
     if n == 0:
-        raise UserError(f"--context is {context:,}, the text has {len(tokens):,} tokens: give a shorter context")
+        raise UserError(f"--context is {context:,}, the text has {len(tokens):,} tokens, must have "
+                        "at least one sequence: give a shorter context, or another text")
     return tokens[: n * context].reshape(n, context)
 
 
@@ -503,18 +524,18 @@ def evaluate(gpt, sae, tokens, layer):
 
     Args:
         gpt, sae: on one device.
-        tokens: (sequence, pos), an array or a tensor. All its tokens count, except where it says otherwise.
+        tokens: (sequence, pos), an array or a tensor.
         layer: where the SAE sits.
 
     Returns:
-        a dict of numbers and lists that JSON can hold. In nats per token: `ce` of GPT-2 (next token,
-        so the last position has none), `ce_spliced`, `ce_increase`, `ce_ablated` (x replaced by its
-        mean over all tokens), `kl`. As shares: `ce_recovered` (1: all that ablation costs, 0: none),
-        `top1_agreement`, `explained_variance` (1 - sum |x_hat - x|^2 / sum |x - mean x|^2). `l0`,
-        active features a token; `alive`, elements that fire at least once in these `tokens`;
-        `l2_ratio`, the mean of |x_hat| / |x| after position 0, where GPT-2's x is some fifty times
-        longer than elsewhere, and `l2_ratio_first` there; `mse`; and for the residual streams
-        entering `layer`, `layer` + 1, ...: `mse_by_layer`, `explained_variance_by_layer`.
+        a dict of numbers and lists, fit for JSON. In nats per token: `ce` of the clean model, for
+        the next token; `ce_spliced`; `ce_increase`; `ce_ablated`, with x replaced by its mean over
+        all tokens; `kl`. As shares: `ce_recovered` of what ablation costs; `top1_agreement`;
+        `explained_variance`, 1 - sum |x_hat - x|^2 / sum |x - mean x|^2. Then `l0`, active features
+        a token; `alive`, elements that fire at least once in `tokens`, of `n_features`; `mse`;
+        `l2_ratio`, the mean of |x_hat| / |x| after position 0, and `l2_ratio_first` at position 0,
+        where GPT-2's x is many times longer; `mse_by_layer` and `explained_variance_by_layer` of
+        the residual streams entering `layer`, `layer` + 1, ...; and how many `tokens` there were.
     """
     device = sae.encoder.weight.device
     tokens = np.asarray(tokens)
@@ -526,7 +547,8 @@ def evaluate(gpt, sae, tokens, layer):
 
     mean = torch.zeros(sae.encoder.in_features, dtype=double, device=device)
     for rows in batches:
-        mean += run_blocks(gpt, gpt.embed(to_device(rows, device)), 0, layer)[-1].sum((0, 1), dtype=double)
+        x = run_blocks(gpt, gpt.embed(to_device(rows, device)), 0, layer)[-1]
+        mean += x.sum((0, 1), dtype=double)
     mean = (sum_over_ranks(mean) / n_tokens).to(gpt.wte.weight.dtype)
 
     sums = {}  # name -> a sum over tokens, of any shape
@@ -545,7 +567,8 @@ def evaluate(gpt, sae, tokens, layer):
         ablated = run_blocks(gpt, mean.expand_as(x).contiguous(), layer)
         logits = [gpt.unembed(residuals[-1]) for residuals in (clean, spliced, ablated)]
         for name, y in zip(("ce", "ce_spliced", "ce_ablated"), logits):
-            add(name, F.cross_entropy(y[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+            guesses, truth = y[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+            add(name, F.cross_entropy(guesses, truth, reduction="sum"))
         log_p, log_q = (F.log_softmax(y, -1) for y in logits[:2])
         add("kl", F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         add("top1_agreement", (logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
@@ -560,43 +583,66 @@ def evaluate(gpt, sae, tokens, layer):
         progress(done := done + rows.size)
 
     sums = {name: sum_over_ranks(value).cpu() for name, value in sums.items()}
-    n_sequences, d_model = len(tokens), len(mean)
-    layers = range(layer, len(gpt.h))
+    n_sequences, d_model, layers = len(tokens), len(mean), range(layer, len(gpt.h))
+    n_guesses = n_tokens - n_sequences  # no next token after the last; no position 0
+    ce, ce_spliced, ce_ablated = (
+        float(sums[name]) / n_guesses for name in ("ce", "ce_spliced", "ce_ablated")
+    )
     error = [float(sums[f"error {k}"]) for k in layers]
-    variance = [float(sums[f"square {k}"] - sums[f"sum {k}"].pow(2).sum() / n_tokens) for k in layers]
-    result = {name: float(sums[name]) / (n_tokens - n_sequences) for name in ("ce", "ce_spliced", "ce_ablated")}
-    result["ce_increase"] = result["ce_spliced"] - result["ce"]
-    result["ce_recovered"] = 1 - result["ce_increase"] / (result["ce_ablated"] - result["ce"])
-    result |= {name: float(sums[name]) / n_tokens for name in ("kl", "top1_agreement")}
-    result["l0"] = float(sums["fired"].sum()) / n_tokens
-    result["alive"] = int((sums["fired"] > 0).sum())
-    result["n_features"] = len(sums["fired"])
-    result["tokens"] = n_tokens
-    result["l2_ratio"] = float(sums["l2_ratio"]) / (n_tokens - n_sequences)
-    result["l2_ratio_first"] = float(sums["l2_ratio_first"]) / n_sequences
-    result["explained_variance_by_layer"] = [1 - e / v for e, v in zip(error, variance)]
-    result["mse_by_layer"] = [e / n_tokens / d_model for e in error]
-    result["explained_variance"], result["mse"] = result["explained_variance_by_layer"][0], result["mse_by_layer"][0]
-    return result
+    variance = [
+        float(sums[f"square {k}"] - sums[f"sum {k}"].pow(2).sum() / n_tokens) for k in layers
+    ]
+    explained = [1 - e / v for e, v in zip(error, variance)]
+    mse = [e / (n_tokens * d_model) for e in error]
+    return {
+        "ce": ce,
+        "ce_spliced": ce_spliced,
+        "ce_increase": ce_spliced - ce,
+        "ce_ablated": ce_ablated,
+        "ce_recovered": 1 - (ce_spliced - ce) / (ce_ablated - ce),
+        "kl": float(sums["kl"]) / n_tokens,
+        "top1_agreement": float(sums["top1_agreement"]) / n_tokens,
+        "l0": float(sums["fired"].sum()) / n_tokens,
+        "alive": int((sums["fired"] > 0).sum()),
+        "n_features": len(sums["fired"]),
+        "explained_variance": explained[0],
+        "mse": mse[0],
+        "l2_ratio": float(sums["l2_ratio"]) / n_guesses,
+        "l2_ratio_first": float(sums["l2_ratio_first"]) / n_sequences,
+        "explained_variance_by_layer": explained,
+        "mse_by_layer": mse,
+        "tokens": n_tokens,
+    }
 
 
 def print_table(columns):
     """Print the results of `evaluate` side by side: {name: result}, one column each."""
-    rows = [("tokens evaluated", "tokens", ",d"), ("CE of the model (nats)", "ce", ".4f"),
-            ("CE with the SAE", "ce_spliced", ".4f"), ("CE increase", "ce_increase", ".4f"),
-            ("CE recovered, of mean ablation", "ce_recovered", ".2%"), ("KL (nats)", "kl", ".4f"),
-            ("top-1 agreement", "top1_agreement", ".2%"), ("L0 (active features a token)", "l0", ".1f"),
-            ("alive elements", "alive", ",d"), ("... of", "n_features", ",d"),
-            ("L2 ratio |x_hat| / |x|", "l2_ratio", ".3f"), ("... at position 0", "l2_ratio_first", ".3f")]
-    width = max(14, *(len(name) for name in columns)) + 2
-    print(" " * 34 + "".join(f"{name:>{width}}" for name in columns))
+    rows = [
+        ("tokens", "tokens", ",d"),
+        ("CE of the model (nats)", "ce", ".4f"),
+        ("CE with the SAE", "ce_spliced", ".4f"),
+        ("CE increase", "ce_increase", ".4f"),
+        ("CE recovered, of mean ablation", "ce_recovered", ".2%"),
+        ("KL (nats)", "kl", ".4f"),
+        ("top-1 agreement", "top1_agreement", ".2%"),
+        ("L0, active features a token", "l0", ".1f"),
+        ("alive elements", "alive", ",d"),
+        ("  of", "n_features", ",d"),
+        ("|x_hat| / |x|", "l2_ratio", ".3f"),
+        ("  at position 0", "l2_ratio_first", ".3f"),
+    ]
+    width = max(14, *map(len, columns)) + 2
+    lines = [("", list(columns))]
     for label, key, spec in rows:
-        print(f"{label:<34}" + "".join(f"{format(result[key], spec):>{width}}" for result in columns.values()))
-    for key, label in (("explained_variance", "explained variance"), ("mse", "MSE")):
-        for k in range(max(len(result[key + "_by_layer"]) for result in columns.values())):
-            cells = [result[key + "_by_layer"][k : k + 1] for result in columns.values()]
-            where = f"{label}, " + ("at the SAE" if k == 0 else f"{k} layer{'s' * (k > 1)} later")
-            print(f"{where:<34}" + "".join(f"{(format(c[0], '.4f') if c else '-'):>{width}}" for c in cells))
+        lines.append((label, [format(result[key], spec) for result in columns.values()]))
+    for label, key in ("explained variance", "explained_variance"), ("MSE", "mse"):
+        series = [result[key + "_by_layer"] for result in columns.values()]
+        for k in range(max(map(len, series))):
+            where = "at the SAE" if k == 0 else f"{k} layer{'s' * (k > 1)} later"
+            cells = [f"{values[k]:.4f}" if k < len(values) else "-" for values in series]
+            lines.append((f"{label}, {where}", cells))
+    for label, cells in lines:
+        print(f"{label:<34}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -624,8 +670,9 @@ def sequences(text, seed, first, count):
     They depend on nothing else. So any step can be made again by itself, and neither a resumed run
     nor one on several GPUs sees other text.
     """
-    numbers = range(first, first + count)
-    return np.stack([text[permutation(seed, i // len(text), len(text))[i % len(text)]] for i in numbers])
+    n = len(text)
+    rows = [permutation(seed, i // n, n)[i % n] for i in range(first, first + count)]
+    return np.stack([text[row] for row in rows])
 
 
 def learning_rate(config, done):
@@ -642,12 +689,13 @@ def join_ranks(config):
     Returns:
         (rank, world, device): which process this is, of how many, and what it computes on.
     """
-    world, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(config.device, local_rank if config.device == "cuda" else None)
     if world == 1:
         return 0, 1, device
-    config.check("batch_size", config.batch_size % world == 0, f"a multiple of the {world} processes")
-    share = config.batch_size // world
+    share, rest = divmod(config.batch_size, world)
+    config.check("batch_size", rest == 0, f"a multiple of {world}, the number of processes")
     rule = f"a divisor of {share}, each process's share of a batch"
     config.check("micro_batch", share % min(config.micro_batch, share) == 0, rule)
     if not dist.is_initialized():
@@ -656,7 +704,7 @@ def join_ranks(config):
 
 
 def start_folder(config):
-    """Make the run's folder, with its config.json in it, at one stroke: of two who try, one succeeds.
+    """Make the run's folder with its config.json at one stroke: of two who try, one succeeds.
 
     Raises:
         UserError: if it is there already, or cannot be made.
@@ -672,7 +720,7 @@ def start_folder(config):
             shutil.rmtree(beside, ignore_errors=True)
             if not out.exists():
                 raise UserError(f"cannot make {out}: {error}; choose another with --out") from None
-    raise UserError(f"{out} is there already: go on with --resume {out}, or choose another with --out")
+    raise UserError(f"{out} is there already: go on with --resume {out}, or choose another --out")
 
 
 def load_checkpoint(path, sae, optimizer, config):
@@ -691,8 +739,8 @@ def load_checkpoint(path, sae, optimizer, config):
     try:
         for name, value in asdict(config).items():
             if name not in EXECUTION and saved["config"][name] != value:
-                raise UserError(f"{path} is of a run with {name} {saved['config'][name]}, config.json beside it "
-                                f"has {value}: {remedy}")
+                raise UserError(f"{path} is of a run with {name} {saved['config'][name]}, "
+                                f"config.json beside it has {value}: {remedy}")
         sae.load_state_dict(saved["sae"])
         optimizer.load_state_dict(saved["adam"])
         return int(saved["step"])
@@ -714,7 +762,7 @@ def open_log(path, step):
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is no log of a run: move it elsewhere, and resume again") from None
+            raise UserError(f"{path} is no log of a run: move it away, and resume again") from None
         kept += line
     gpt2.write_atomic(path, lambda file: file.write(kept))
     return open(path, "a")
@@ -744,13 +792,15 @@ def worded_failures(out, world):
     except RunFailed:
         raise
     except torch.OutOfMemoryError:
-        raise RunFailed(f"out of GPU memory: go on with --resume {out} and a smaller --micro-batch") from None
+        remedy = f"go on with --resume {out} and a smaller --micro-batch"
+        raise RunFailed(f"the GPU's memory is full: {remedy}") from None
     except (OSError, UserError) as error:
         raise RunFailed(f"the run stopped: {error}; then go on with --resume {out}") from None
     except RuntimeError as error:  # of the connection, once another process is gone
         if world == 1:
             raise
-        raise RunFailed(f"the run stopped with another of its processes ({str(error).splitlines()[0][:100]}); "
+        reason = str(error).splitlines()[0][:100]
+        raise RunFailed(f"the run stopped, for another of its processes did ({reason}); "
                         f"go on with --resume {out}") from None
 
 
@@ -769,17 +819,18 @@ def train(config, resume=False):
 
     Raises:
         UserError: if something is wrong at the start; nothing has been written.
-        RunFailed: if the run ends underway (not finite, disk full, ...); the last checkpoint stands.
+        RunFailed: if the run ends underway (disk full, not finite, ...); its checkpoint stands.
         SystemExit: with 143 at SIGTERM, 130 at Ctrl-C, after a checkpoint.
     """
     torch.set_float32_matmul_precision("high")  # TF32, where the GPU has it
     rank, world, device = join_ranks(config)
     gpt = GPT.from_pretrained(config.model)
     config.fit(gpt)
-    text, held_out = (windows(gpt2.load_tokens(config.model, split), config.context) for split in ("train", "val"))
+    text = windows(gpt2.load_tokens(config.model, "train"), config.context)
+    held_out = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
     gpt.to(device)
-    torch.manual_seed(config.seed)
-    sae = SAE(gpt.config.n_embd, config.n_features).to(device)  # made on the CPU: the same on every device
+    torch.manual_seed(config.seed)  # of the CPU's generator: the same first weights on every device
+    sae = SAE(gpt.config.n_embd, config.n_features).to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -797,6 +848,11 @@ def train(config, resume=False):
         step = began = load_checkpoint(path, sae, optimizer, config) if resumed else 0
         log = stack.enter_context(open_log(out / "log.jsonl", step)) if rank == 0 else None
         stack.enter_context(worded_failures(out, world))
+        if rank == 0:
+            on = f"{device.type} x {world}, {config.dtype}" + ", compiled" * config.compile
+            print(f"{config.loss} SAE, {config.n_features:,} elements, on the residual stream "
+                  f"entering layer {config.layer} of {config.model}: {config.n_sequences:,} "
+                  f"sequences of {config.context} tokens, on {on} -> {out}", flush=True)
         saved_at = printed_at = logged_at = time.time()
         logged_step = step
         with noted_signals(rank) as signals:
@@ -813,39 +869,43 @@ def train(config, resume=False):
                 for tensor in (sums, *(p.grad for p in sae.parameters())):
                     sum_over_ranks(tensor)
                 norm = nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
-                # No step waits for the GPU to see whether all is finite: from the first step that is
+                # No step waits for the GPU to see whether all is finite. From the first that is
                 # not, the GPU itself holds the optimizer still, and the host looks now and then.
                 failed = torch.maximum(failed, (~torch.isfinite(norm + sums[0])).float())
                 n_good = n_good + 1 - failed
                 optimizer.found_inf = failed
-                optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) * config.batch_size)
+                step += 1
+                lr = learning_rate(config, step * config.batch_size)
+                optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
-                step += 1
 
-                now = time.time()
+                # What is left of the loop keeps the books
+                now, stop = time.time(), bool(signals)
                 log_due = step % config.log_steps == 0 or step in (1, n_steps)
-                stop = bool(signals)
-                save_due = stop or step == n_steps or now - saved_at >= 60 * config.checkpoint_minutes
+                timely = now - saved_at >= 60 * config.checkpoint_minutes
+                save_due = timely or stop or step == n_steps
                 if not log_due and not save_due:
                     continue
                 if failed:
-                    last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-                    raise RunFailed(f"step {began + int(n_good) + 1:,}: the loss or its gradient is not finite; "
-                                    f"{last}; start another run with a lower --lr than {config.lr:g}")
+                    last = f"the last checkpoint is {path}" if path.exists() else "no checkpoint"
+                    raise RunFailed(f"step {began + int(n_good) + 1:,}: the loss or its gradient "
+                                    f"is not finite ({last}); try an --lr below {config.lr:g}")
                 if log_due and rank == 0:
-                    speed = (step - logged_step) * config.batch_size * config.context / (time.time() - logged_at)
+                    tokens_done = (step - logged_step) * config.batch_size * config.context
+                    speed = tokens_done / (time.time() - logged_at)
                     logged_step, logged_at = step, time.time()
                     values = dict(zip(["loss", *terms], sums.tolist()), grad_norm=norm.item())
-                    line = {"step": step, "sequences": step * config.batch_size, **values,
-                            "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
+                    line = {"step": step, "sequences": step * config.batch_size, **values}
+                    line |= {"lr": lr, "tokens_per_second": speed}
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     if now - printed_at > 2 or step in (1, n_steps):
                         printed_at = now
                         left = (n_steps - step) * config.batch_size * config.context / speed
                         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-                        print(f"step {step:,}/{n_steps:,}  {shown}  {speed:,.0f} tokens/s  {duration(left)} left", flush=True)
+                        print(f"step {step:,}/{n_steps:,}  {shown}  {speed:,.0f} tokens/s  "
+                              f"{duration(left)} left", flush=True)
                 if save_due and rank == 0:
                     saved = {"version": CHECKPOINT, "step": step, "sae": sae.state_dict(),
                              "adam": optimizer.state_dict(), "config": asdict(config)}
@@ -853,14 +913,14 @@ def train(config, resume=False):
                     gpt2.write_atomic(path, lambda file: torch.save(saved, file))
                     saved_at = time.time()
                 if stop:
-                    print(f"stopped by a signal after step {step:,}: go on with --resume {out}", flush=True)
+                    print(f"stopped after step {step:,}: go on with --resume {out}", flush=True)
                     raise SystemExit(128 + signals[0])
 
         if rank == 0:
             sae.save(out, config.model, config.layer, config.context)
         # What was written has unit rows in its decoder: evaluate the very numbers that `load` gives
         sae.decoder.weight.data = sae.dictionary.detach().T.contiguous()
-        result = evaluate(gpt, sae, held_out[: config.n_eval], config.layer)
+        result = evaluate(gpt, sae, held_out, config.layer)
         if rank == 0:
             gpt2.write_json(out / "eval.json", result)
     return sae
@@ -875,14 +935,15 @@ def flops_per_token(sizes, n_features, config):
     """Floating-point operations of one training step's matrix products, per token.
 
     With d = d_model, a block has 24 d^2, the unembedding 2 d vocab, one product of the SAE 2 d
-    n_features. The SAE has five: encoder and decoder forward, the gradients of both weights and that
-    of the features. The blocks before `layer` run once, and unless the loss is local the rest runs
-    three times: clean, spliced, and back through spliced. Attention's own products, which grow with
-    the context, are left out.
+    n_features. The SAE has five: encoder and decoder, and back the gradients of both weights and of
+    the features. The blocks before `layer` run once; the rest, unless the loss is local, three
+    times: clean, spliced, and back through spliced. Attention's own products, which grow with the
+    context, are left out.
     """
     d = sizes.n_embd
+    before = config.layer * 24 * d * d
     rest = (sizes.n_layer - config.layer) * 24 * d * d + 2 * d * sizes.vocab_size
-    return config.layer * 24 * d * d + 5 * 2 * d * n_features + (3 * rest if config.loss != "local" else 0)
+    return before + 5 * 2 * d * n_features + (0 if config.loss == "local" else 3 * rest)
 
 
 def benchmark(config):
@@ -893,7 +954,8 @@ def benchmark(config):
     """
     device = torch.device(config.device)
     torch.set_float32_matmul_precision("high")
-    if config.model in gpt2.OPENAI and not (gpt2.DATA / config.model / "model.safetensors").exists():
+    weights = gpt2.DATA / config.model / "model.safetensors"
+    if config.model in gpt2.OPENAI and not weights.exists():
         print(f"the weights of {config.model} are not here: random ones of its shapes are used")
         gpt = GPT(GPTConfig(*gpt2.OPENAI[config.model]))
         for parameter in gpt.parameters():
@@ -905,7 +967,7 @@ def benchmark(config):
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-    def seconds(work):  # of one call: after one to warm up, at least three, and three seconds of them
+    def seconds(work):  # of one call: the mean of at least three, and of three seconds of them
         work()
         wait()
         start, calls = time.time(), 0
@@ -924,7 +986,8 @@ def benchmark(config):
         one = replace(config, loss=loss)
         torch.manual_seed(config.seed)
         sae = SAE(gpt.config.n_embd, config.n_features).to(device)
-        tokens = torch.randint(gpt.config.vocab_size, (config.micro_batch, config.context), device=device)
+        shape = config.micro_batch, config.context
+        tokens = torch.randint(gpt.config.vocab_size, shape, device=device)
         loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
         square = torch.randn(2, *[8192 if device.type == "cuda" else 2048] * 2, device=device)
 
@@ -948,10 +1011,12 @@ def benchmark(config):
         else:  # of the whole process so far
             import resource  # Windows has it not
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(f"{loss:8}{speed:10,.0f}{flops / 1e6:13,.1f}{speed * flops / 1e9:10,.1f}{rate / 1e9:10,.1f}"
-              f"{speed * flops / rate:7.0%}{peak / 1e9:9.2f}   "
-              f"{duration(config.n_sequences * config.context / speed)}", flush=True)
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        time_needed = duration(config.n_sequences * config.context / speed)
+        done = speed * flops
+        print(f"{loss:8}{speed:10,.0f}{flops / 1e6:13,.1f}{done / 1e9:10,.1f}{rate / 1e9:10,.1f}"
+              f"{done / rate:7.0%}{peak / 1e9:9.2f}   {time_needed}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -969,42 +1034,45 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The command line: a flag for each field of Config, and what else can be done than train."""
-    parser = Parser(description="Train end-to-end sparse autoencoders on GPT-2's residual stream.", allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        default = "" if f.default is None else f" (default {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default,
-                            default=argparse.SUPPRESS, **kind)
+        help = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})")
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=help, **kind)
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--evaluate", nargs="+", metavar="SAE", help="print what SAEs cost the model, side by side")
     other.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped")
-    other.add_argument("--benchmark", action="store_true", help="print how fast each loss trains here")
+    other.add_argument("--evaluate", nargs="+", metavar="SAE", help="what SAEs cost, side by side")
+    other.add_argument("--benchmark", action="store_true", help="how fast each loss trains here")
     return parser
 
 
 def evaluate_all(names, flags):
-    """Evaluate SAEs, each on the model, layer and context it was made for; print them side by side."""
+    """Print what SAEs cost, each on the model, layer and context that it was made for."""
     results, models = {}, {}
     for name in names:
         sae = SAE.load(name, flags.get("layer"))
         for key in ("model", "layer"):
             if flags.get(key, sae.made_for[key]) != sae.made_for[key]:
-                raise UserError(f"--{key} is {flags[key]}, {name} was made for {sae.made_for[key]}: leave the flag out")
-        config = Config(**{key: value for key, value in (sae.made_for | flags).items() if value is not None})
+                raise UserError(f"--{key} is {flags[key]}, {name} was made for "
+                                f"{sae.made_for[key]}: leave the flag out")
+        given = sae.made_for | flags
+        config = Config(**{key: value for key, value in given.items() if value is not None})
         if config.model not in models:
             models[config.model] = GPT.from_pretrained(config.model).to(config.device)
         gpt = models[config.model]
         config.fit(gpt)
-        if sae.encoder.in_features != gpt.config.n_embd:
-            raise UserError(f"{name} has d_model {sae.encoder.in_features}, {config.model} {gpt.config.n_embd}: "
-                            "give SAEs of that model")
+        d_model = sae.encoder.in_features
+        if d_model != gpt.config.n_embd:
+            raise UserError(f"{name} has d_model {d_model}, {config.model} {gpt.config.n_embd}: "
+                            "give an SAE of that model")
         held_out = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
         results[name] = evaluate(gpt, sae.to(config.device), held_out, config.layer)
     print_table(results)
 
 
 def main(arguments=None):
-    """The command line. Returns the exit code: 0, 2 for what the user can mend, 1 for a run that failed."""
+    """The command line. Returns the exit code: 0; 2, bad input; 1, a run that failed underway."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         flags = vars(make_parser().parse_args(arguments))
@@ -1024,8 +1092,9 @@ def main(arguments=None):
             try:
                 print_table({config.out: gpt2.read_json(path)})
             except (KeyError, TypeError, ValueError):
-                raise UserError(f"{path} is no result of a run: delete it, and --resume makes it again") from None
-            print(f"\nIn {config.out}: the SAE as SAELens reads it, config.json, log.jsonl, eval.json")
+                remedy = "delete it, and --resume makes it again"
+                raise UserError(f"{path} is no result of a run: {remedy}") from None
+            print(f"\nIn {config.out}: the SAE as SAELens reads it, settings, log, this table")
         return 0
     except (UserError, OSError) as error:  # OSError: a path that the system does not take
         print("error:", " ".join(str(error).split()), file=sys.stderr)

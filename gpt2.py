@@ -4,19 +4,19 @@
     gpt = GPT.from_pretrained("stdlib")      # the small model in data/stdlib/: no network needed
     logits = gpt(tokens)                     # (batch, pos) -> (batch, pos, vocab)
 
-The forward pass is no more than this, so that anything can be done to the residual stream on the way:
+The forward pass is no more than this, so anything can be done to the residual stream on the way:
 
     x = gpt.embed(tokens)                    # (batch, pos, d_model), the residual stream
     for block in gpt.h:
         x = block(x)                         # (batch, pos, d_model)
     logits = gpt.unembed(x)                  # (batch, pos, vocab)
 
-What it is not: it has no dropout, no key-value cache, no generation. It is made to be read, to be run
-forward, and to be differentiated with respect to activations; its parameters are frozen. The modules
-bear OpenAI's names, so each tensor of their file is found by its name.
+What it is not: it has no dropout, no key-value cache, no generation. It is made to be read, to be
+run forward, and to be differentiated with respect to activations; its parameters are frozen. The
+modules bear OpenAI's names, so each tensor of their file is found by its name.
 
 One thing is not as in OpenAI's code, and no output changes by it: the residual stream has zero mean
-over d_model. All that reads the stream reads it through a LayerNorm, which takes that mean off anyway.
+over d_model. All that reads it reads it through a LayerNorm, which takes the mean off anyway.
 TransformerLens does the same, so activations here equal its `blocks.{layer}.hook_resid_pre`.
 """
 
@@ -149,7 +149,8 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's word for a full disk
         beside.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from None
+        remedy = "free space or choose another folder"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}") from None
 
 
 def write_json(path, value):
@@ -218,7 +219,7 @@ def download(url, path, sha256=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.parent):
-            start, tries, size = time.time(), 0, 0
+            start, tries, most = time.time(), 0, 0
             while not path.exists():
                 try:
                     fetch_rest(url, part, sha256)
@@ -226,8 +227,8 @@ def download(url, path, sha256=None):
                 except (Refused, ValueError) as error:  # ValueError: a header that is no number
                     give_up(error)
                 except (Broken, requests.RequestException) as error:
-                    before, size = size, part.stat().st_size if part.exists() else 0
-                    tries = 1 if size > before else tries + 1
+                    size = part.stat().st_size if part.exists() else 0
+                    tries, most = (1, size) if size > most else (tries + 1, most)
                     no_network = isinstance(error, requests.ConnectionError) and size == 0
                     if tries == 5 or no_network and time.time() - start > 8:
                         give_up(in_words(error))
@@ -247,7 +248,7 @@ def in_words(error):
                         (kinds.ConnectionError, "no connection"),
                         (kinds.ChunkedEncodingError, "the connection broke")):
         if isinstance(error, kind):
-            return words
+            return "no answer in time" if "Read timed out" in str(error) else words
     return str(error)[:200]
 
 
@@ -270,20 +271,24 @@ def fetch_rest(url, part, sha256):
             raise Refused("the server answers with a web page instead of the file")
         whole = code == 416 and span == f"bytes */{done}"  # nothing is left to fetch
         if not (whole or code == 200 or span.startswith(f"bytes {done}-")):
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise Broken("the file on the server is another than before")
         done = 0 if code == 200 else done  # 200: the server sends it from the start
         first = answer.history[0] if answer.history else answer  # a redirect knows size and hash
         length = 0 if whole else answer.headers.get("Content-Length")
-        size = first.headers.get("X-Linked-Size") or (None if length is None else done + int(length))
-        size = None if size is None else int(size)
+        linked = first.headers.get("X-Linked-Size")
+        size = int(linked) if linked else None if length is None else done + int(length)
         etag = first.headers.get("X-Linked-Etag", "").strip('"')
         sha256 = sha256 or (etag if len(etag) == 64 else None)
-        resumed, digest, progress = done > 0, hashlib.sha256(), Progress(part.stem, size, "MB", 1e6, done)
+        if done and not sha256:  # no telling whether the two parts belong together
+            part.unlink()
+            raise Broken("what was there of it cannot be checked")
+        resumed, digest = done > 0, hashlib.sha256()
+        progress = Progress(part.stem, size, "MB", 1e6, done)
         with open(part, "rb+" if resumed else "wb") as file:
             while resumed and (chunk := file.read(1 << 20)):
                 digest.update(chunk)
-            for chunk in () if whole else answer.iter_content(1 << 20):
+            for chunk in () if whole else answer.iter_content(1 << 16):
                 file.write(chunk)
                 digest.update(chunk)
                 progress(done := done + len(chunk))
@@ -332,7 +337,7 @@ def read_header(path):
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             check(8 + length <= size, f"a header of {length:,} bytes in a file of {size:,}")
-            check(length <= MAX_HEADER, f"a header of {length:,} bytes, {MAX_HEADER:,} are the most")
+            check(length <= MAX_HEADER, f"a header of {length:,} bytes, at most {MAX_HEADER:,}")
             raw = file.read(length)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
@@ -350,8 +355,10 @@ def read_header(path):
     for name, entry in header.items():
         entry = entry if isinstance(entry, dict) else {}
         dtype, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        check(isinstance(dtype, str) and dtype in DTYPES, f"tensor {name[:80]!r} has no known dtype")
-        check(naturals(shape) and len(shape) <= 8, f"tensor {name[:80]!r} has no sound shape")
+        known = isinstance(dtype, str) and dtype in DTYPES
+        check(known, f"tensor {name[:80]!r} has no known dtype")
+        sound = naturals(shape) and len(shape) <= 8 and math.prod(n or 1 for n in shape) < 1 << 60
+        check(sound, f"tensor {name[:80]!r} has no sound shape")
         n_bytes = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
         fits = naturals(span) and len(span) == 2 and span[1] - span[0] == n_bytes
         check(fits, f"the offsets of tensor {name[:80]!r} do not fit its shape")
@@ -375,7 +382,7 @@ def read_safetensors(path):
         if math.prod(shape) == 0:
             yield name, torch.empty(shape, dtype=torch_dtype)
             continue  # nothing can be mapped
-        mapped = np.memmap(path, numpy_dtype, "c", offset, tuple(shape))  # "c": torch wants to write
+        mapped = np.memmap(path, numpy_dtype, "c", offset, tuple(shape))  # "c": writable in memory
         yield name, torch.from_numpy(mapped).view(torch_dtype)
 
 
@@ -426,7 +433,7 @@ class GPTConfig:
 
         def check(name, sound, rule):
             if not sound:
-                raise UserError(f"{path}: {name} is {str(raw.get(name))[:80]}, must be {rule}: "
+                raise UserError(f"{path}: {name} is {repr(raw.get(name))[:80]}, must be {rule}: "
                                 "fetch or save a GPT-2's config.json again")
 
         for name, limit in most.items():
@@ -453,8 +460,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (batch, pos, d_model) -> the same
         batch, pos, d_model = x.shape
-        q, k, v = (part.view(batch, pos, self.n_head, -1).transpose(1, 2)  # (batch, head, pos, d_head)
-                   for part in self.c_attn(x).split(d_model, dim=2))
+        q, k, v = (part.view(batch, pos, self.n_head, -1).transpose(1, 2)
+                   for part in self.c_attn(x).split(d_model, dim=2))  # (batch, head, pos, d_head)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(batch, pos, d_model))
 
@@ -510,7 +517,7 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, tokens):
-        """Token ids (batch, pos) -> logits (batch, pos, vocab); pos is at most config.n_positions."""
+        """Token ids (batch, pos) -> logits (batch, pos, vocab); pos at most config.n_positions."""
         x = self.embed(tokens)
         for block in self.h:
             x = block(x)
@@ -518,7 +525,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (fetched once), "stdlib", or a folder.
+        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" (fetched once), "stdlib" or a folder.
 
         A folder holds `config.json` and `model.safetensors` as openai-community/gpt2 does. Weights
         come out as float32 on the CPU, with the mean taken off the residual stream.
@@ -535,7 +542,7 @@ class GPT(nn.Module):
 
         def check(sound, what):
             if not sound:
-                raise UserError(f"{path}: {what}: choose a config.json and model.safetensors of one GPT-2")
+                raise UserError(f"{path}: {what}: choose files of one and the same GPT-2")
 
         def stored_transposed(name):  # OpenAI's Conv1D stores (in, out), nn.Linear (out, in)
             return ".c_" in name and name.endswith("weight")
@@ -544,7 +551,8 @@ class GPT(nn.Module):
             ours = name.removeprefix("transformer.")
             if ours.endswith((".attn.bias", ".attn.masked_bias")) or ours == "lm_head.weight":
                 continue  # the causal mask, and a copy of wte
-            check(ours in wanted and ours not in theirs, f"tensor {name[:80]!r} is no part of this GPT-2")
+            known = ours in wanted and ours not in theirs
+            check(known, f"tensor {name[:80]!r} is no part of this GPT-2")
             fits = list(wanted[ours].shape)[:: -1 if stored_transposed(ours) else 1]
             check(shape == fits, f"tensor {name!r} has shape {shape}, config.json says {fits}")
             theirs[ours] = name
@@ -619,8 +627,9 @@ def load_tokenizer(name_or_folder):
         return tiktoken.Encoding(path.parent.name, pat_str=SPLIT, mergeable_ranks=ranks,
                                  special_tokens=special, explicit_n_vocab=len(vocab))
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is no vocabulary of GPT-2's kind (all bytes, ids 0 to n-1, {END_OF_TEXT}): "
-                        "delete it, and fetch or save it again") from None
+        rule = f"every byte, ids from 0 to n - 1, {END_OF_TEXT}"
+        raise UserError(f"{path} is no vocabulary of GPT-2's kind ({rule}): delete it, and fetch "
+                        "or save it again") from None
 
 
 def load_tokens(name_or_folder, split):
@@ -639,6 +648,6 @@ def load_tokens(name_or_folder, split):
     tokenizer = load_tokenizer(name_or_folder)
     size = GPTConfig.load(model_folder(name_or_folder, []) / "config.json").vocab_size
     if tokenizer.n_vocab > size:
-        raise UserError(f"{name_or_folder}: vocab.json has {tokenizer.n_vocab:,} tokens, config.json "
-                        f"{size:,}: choose files of one model")
+        raise UserError(f"{name_or_folder}: vocab.json has {tokenizer.n_vocab:,} tokens, "
+                        f"config.json {size:,}: choose files of one model")
     return stdlib.load_tokens(tokenizer, split)

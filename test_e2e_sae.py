@@ -3,26 +3,46 @@
     python -m pytest -q test_e2e_sae.py
 """
 
+import errno
+import hashlib
+import io
 import itertools
 import json
+import lzma
 import math
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import tiktoken
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.numpy import load, save
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import e2e_sae
 import gpt2
-from data import stdlib
-from e2e_sae import SAE, Config, KLLoss, compute_loss, evaluate
+from data import openwebtext, stdlib
+from e2e_sae import SAE, Config, KLLoss, compute_loss, evaluate, sequences
 from gpt2 import GPT, GPTConfig, UserError
 
 HERE = Path(__file__).resolve().parent
@@ -502,3 +522,1056 @@ def test_two_processes_equal_one(tiny, tmp_path):
         assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k])) for k in a)
     one, other = (json.loads((tmp_path / run / "eval.json").read_text()) for run in ("one", "two"))
     assert abs(one["ce_increase"] - other["ce_increase"]) < 1e-4 and one["tokens"] == other["tokens"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that are killed, stopped, doubled, out of disk or not finite; and bad input
+# ------------------------------------------------------------------------------------------------
+
+RUN = shlex.split("--model model --layer 1 --n-features 24 --n-sequences 80 --batch-size 4 "
+                  "--context 16 --n-eval 8 --device cpu --log-steps 1 --checkpoint-minutes 0")
+RUN += ["--sparsity", "0.5"]
+STEPS = 20
+FORKS = multiprocessing.get_context("forkserver")  # its server computes nothing: forks are sound
+FORKS.set_forkserver_preload(["torch._dynamo", "e2e_sae", __name__])
+
+
+def some_text(tokenizer, split):
+    """Random text in place of the standard library's."""
+    return np.random.default_rng(len(split)).integers(0, 1024, 640).astype(np.uint16)
+
+
+def wrap(patch, module, name, before, after=lambda: None):
+    """Have something happen before, and after, each call of module.name."""
+    real = getattr(module, name)
+
+    def wrapped(*args, **kwargs):
+        before()
+        result = real(*args, **kwargs)
+        after()
+        return result
+
+    patch(module, name, wrapped)
+
+
+def at_call(number, act):
+    """A function whose call of that number acts."""
+    calls = iter(range(1, 10**9))
+    return lambda: act() if next(calls) == number else None
+
+
+def full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """A folder with a model, a run that ended ("whole"), and one stopped after step 5 ("run")."""
+    folder = tmp_path_factory.mktemp("stage")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(Path(__file__).parent)]))
+        multiprocessing.forkserver.ensure_running()
+    torch.manual_seed(0)
+    sizes = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=1024)
+    stdlib.save_model(GPT(sizes), folder / "model")
+    shutil.copy(HERE / "data" / "stdlib" / "vocab.json", folder / "model")
+    return folder
+
+
+@pytest.fixture
+def here(stage, tmp_path, monkeypatch):
+    """A copy of `stage`, as the current folder."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(stdlib, "load_tokens", some_text)
+    if not (stage / "whole").exists():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(stage)
+            assert e2e_sae.main([*RUN, "--out", "whole"]) == 0
+            stop = at_call(5, lambda: signal.raise_signal(signal.SIGTERM))
+            wrap(patch.setattr, e2e_sae, "compute_loss", stop)
+            with pytest.raises(SystemExit):
+                e2e_sae.main([*RUN, "--out", "run"])
+    shutil.copytree(stage, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def logged(folder, *left_out):
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second",
+        *left_out)} for line in lines]
+
+
+def saved(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def tree(folder):
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
+def assert_as_whole(out):
+    """The run in `out` equals the one that nothing befell, bit for bit, and left nothing else."""
+    assert logged(out) == logged("whole")
+    assert [line["step"] for line in logged(out)] == [*range(1, STEPS + 1)]
+    assert {p.name for p in Path(out).iterdir()} == {p.name for p in Path("whole").iterdir()}
+    for name in ("eval.json", "cfg.json", "sae_weights.safetensors"):
+        assert Path(out, name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def only_line(text, *words):
+    """The text, but for a line of progress, is one line of error, and has these words."""
+    lines = [line for line in text.splitlines() if not line.startswith("evaluating:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), text
+    assert all(word in text for word in words), text
+
+
+# Other processes
+
+
+def child(folder, arguments, hook, given):
+    """What another process does: something to befall it is set up, then the command line runs."""
+    os.chdir(folder)
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(f"{os.getpid()}.txt", "w", buffering=1)
+    torch.set_num_threads(1)
+    stdlib.load_tokens = some_text
+    hook(*given)
+    sys.exit(e2e_sae.main(arguments))
+
+
+def start(arguments, hook, *given):
+    process = FORKS.Process(target=child, args=(os.getcwd(), arguments, hook, given))
+    process.start()
+    return process
+
+
+def ended(process):
+    """Its exit code and what it wrote to stderr."""
+    process.join(100)
+    return process.exitcode, Path(f"{process.pid}.txt").read_text()
+
+
+def kill_at(number):
+    """Let `kill -9` come at that one of the moments around what is done and written."""
+    moments = iter(range(1, 10**9))
+
+    def moment(name):
+        if next(moments) == number:
+            print(name, file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for module, name in ((e2e_sae, "compute_loss"), (torch, "save"), (os, "rename"),
+        (os, "replace")):
+        wrap(setattr, module, name, lambda n=name: moment("at " + n),
+            lambda n=name: moment("after " + n))
+
+
+def test_kill_9_at_twenty_moments(here):
+    rng, moments, log = np.random.default_rng(0), [], Path("out", "log.jsonl")
+    while len(moments) < 20:
+        arguments = ["--resume", "out"] if Path("out").exists() else [*RUN, "--out", "out"]
+        code, text = ended(start(arguments, kill_at, int(rng.integers(1, 20))))
+        assert code == -signal.SIGKILL, text
+        moments.append(text.strip())
+        done = log.read_text().count("\n") if log.exists() else 0
+        assert 0 <= done - (saved("out")["step"] if Path("out",
+            "checkpoint.pt").exists() else 0) <= 1
+        if done:
+            log.write_text(log.read_text() + '{"step": 1')  # as if killed within a line
+    assert done > STEPS / 2
+    assert {f"{when} {what}" for when in ("at", "after") for what in ("save",
+        "replace")} < {*moments}
+    assert ended(start(["--resume", "out"], kill_at, 0))[0] == 0
+    assert_as_whole("out")
+
+
+def meet(module, name, barrier, loser_gone):
+    """Both processes come to the same place before either goes on; then the winner waits."""
+    wrap(setattr, sys.modules[module], name, lambda: barrier.wait(60))
+    wrap(setattr, e2e_sae, "compute_loss", lambda: loser_gone.wait(60))
+
+
+@pytest.mark.parametrize("arguments, module, name, words", [
+    ([*RUN, "--out", "out"], "os", "rename", "out is there already"),
+    (["--resume", "run"], "gpt2", "lock", "run is in use by another process")])
+def test_of_two_at_once_one_wins(here, arguments, module, name, words):
+    barrier, loser_gone = FORKS.Barrier(2), FORKS.Event()
+    processes = [start(arguments, meet, module, name, barrier, loser_gone) for _ in "ab"]
+    first = multiprocessing.connection.wait([p.sentinel for p in processes], 60)
+    loser_gone.set()
+    loser, winner = sorted(processes, key=lambda p: p.sentinel not in first)
+    code, text = ended(loser)
+    assert code == 2
+    only_line(text, words)
+    assert ended(winner)[0] == 0
+    assert_as_whole(arguments[-1])
+    assert not [*here.glob("*.part")]
+
+
+def test_a_real_process_is_stopped_twice(here):
+    command = [sys.executable, HERE / "e2e_sae.py", *RUN, "--n-sequences", "4000000", "--out",
+        "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True) as process:
+        for line in process.stdout:
+            if line.startswith(("step", "stopped")):
+                last = line
+                process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+        assert process.wait() == 130
+    step = saved("out")["step"]
+    assert f"after step {step:,}: go on with --resume out" in last
+    assert [line["step"] for line in logged("out")] == [*range(1, step + 1)]
+
+
+# Signals, a full disk, numbers that are not finite
+
+
+@pytest.mark.parametrize("first, second", [
+    ("SIGTERM", None), ("SIGINT", None), ("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"),
+    ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_signals(here, monkeypatch, first, second):
+    """The first comes within a step, the second while the checkpoint is being written."""
+    number = signal.Signals[first]
+    with monkeypatch.context() as patch:
+        wrap(patch.setattr, e2e_sae, "compute_loss",
+            at_call(7, lambda: signal.raise_signal(number)))
+        if second:
+            wrap(patch.setattr, torch, "save", lambda: signal.raise_signal(signal.Signals[second]))
+        with pytest.raises(SystemExit) as stop:
+            e2e_sae.main([*RUN, "--checkpoint-minutes", "10", "--out", "out"])
+    assert stop.value.code == 128 + number
+    assert len(logged("out")) == saved("out")["step"] == 7
+    assert e2e_sae.main(["--resume", "out"]) == 0
+    assert_as_whole("out")
+
+
+def limit_files(size):
+    """Let no file of this process grow beyond that many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_disk_full_for_a_checkpoint(here):
+    before = Path("run", "checkpoint.pt").read_bytes()
+    code, text = ended(start(["--resume", "run"], limit_files, len(before) // 2))
+    assert code == 1
+    only_line(text, "cannot write run/checkpoint.pt", "--resume run")
+    assert Path("run", "checkpoint.pt").read_bytes() == before
+    assert not [*here.rglob("*.part")]
+    assert e2e_sae.main(["--resume", "run"]) == 0
+    assert_as_whole("run")
+
+
+@pytest.mark.parametrize("arguments, module, name, call, code", [
+    (["--resume", "run"], json, "dumps", 2, 1), (["--resume", "run"], torch, "save", 3, 1),
+    (["--resume", "run"], os, "replace", -1, 1), ([*RUN, "--out", "run2"], os, "fsync", 1, 2)])
+def test_disk_full_elsewhere(here, monkeypatch, capsys, arguments, module, name, call, code):
+    """At a line of the log, a checkpoint, the last file of all, the first."""
+    before = tree(here)
+    with monkeypatch.context() as patch:
+        last = 1 + (STEPS - 5) + 3  # the log, a checkpoint a step, the SAE's two, eval.json
+        wrap(patch.setattr, module, name, at_call(call if call > 0 else last, full))
+        assert e2e_sae.main(arguments) == code
+    only_line(capsys.readouterr().err, "No space left on device")
+    assert code == 1 or tree(here) == before
+    assert e2e_sae.main(arguments) == 0
+    assert_as_whole(arguments[-1])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("flags, checkpoint",
+    [("--log-steps 1", 6), ("--log-steps 4 --checkpoint-minutes 9", 5)])
+def test_not_finite(here, monkeypatch, capsys, what, flags, checkpoint):
+    """Step 7, the second after the resumption, goes wrong; nothing moves from then on."""
+    real, weights = e2e_sae.compute_loss, []
+
+    def bad(gpt, sae, *rest):
+        loss, terms = real(gpt, sae, *rest)
+        weights.append({name: tensor.clone() for name, tensor in sae.state_dict().items()})
+        nothing = 0 * sae.decoder.bias.sum()  # the root of zero is zero, its slope infinite
+        wrong = nothing + math.nan if what == "loss" else nothing.sqrt()
+        return (loss + wrong if len(weights) == 2 else loss), terms
+
+    with monkeypatch.context() as patch:
+        patch.setattr(e2e_sae, "compute_loss", bad)
+        assert e2e_sae.main(["--resume", "run", *flags.split()]) == 1
+    only_line(capsys.readouterr().err, "step 7:", "not finite", "run/checkpoint.pt")
+    state = saved("run")
+    assert state["step"] == checkpoint
+    for now in (state["sae"], *weights[2:]):
+        expected = weights[checkpoint - 5 if now is state["sae"] else 1]
+        assert all(torch.equal(now[name], expected[name]) for name in expected)
+    for adam in state["adam"]["state"].values():
+        assert adam["step"] == checkpoint and all(t.isfinite().all() for t in adam.values())
+    assert e2e_sae.main(["--resume", "run"]) == 0
+    assert_as_whole("run")
+
+
+def test_too_high_a_learning_rate(here, capsys):
+    assert e2e_sae.main([*RUN, "--lr", "1e30", "--loss", "local", "--out", "out"]) == 1
+    lines = logged("out")
+    only_line(capsys.readouterr().err, f"step {len(lines) + 1}:", "than 1e+30")
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+# The order of the text, and what may change in a resumed run
+
+
+def test_a_seed_is_a_run(here):
+    for seed in (0, 1):
+        assert e2e_sae.main([*RUN, "--seed", str(seed), "--out", f"seed{seed}"]) == 0
+    assert_as_whole("seed0")
+    assert all(a["loss"] != b["loss"] for a,
+        b in zip(logged("seed0"), logged("seed1"), strict=True))
+
+
+def test_order_of_the_text():
+    text = np.arange(33).reshape(11, 3)
+    order = sequences(text, 5, 0, 33)
+    epochs = order.reshape(3, 11, 3)
+    assert all((np.sort(epoch, 0) == text).all() for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
+    for first, count in ((0, 4), (9, 5), (20, 13)):
+        assert (sequences(text, 5, first, count) == order[first : first + count]).all()
+    assert (sequences(text, 6, 0, 11) != epochs[0]).any()
+
+
+def test_what_may_change(here, monkeypatch):
+    sizes, saves = [], []
+    real, save = e2e_sae.compute_loss, torch.save
+    monkeypatch.setattr(e2e_sae, "compute_loss", lambda *a: sizes.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(torch, "save", lambda *a: saves.append(a) or save(*a))
+    flags = "--micro-batch 2 --log-steps 3 --checkpoint-minutes 9 --device cpu --seed 0"
+    assert e2e_sae.main(["--resume", "run", *flags.split()]) == 0
+    assert sizes == [2] * 2 * (STEPS - 5) and len(saves) == 1
+    lines, whole = logged("run"), {line["step"]: line for line in logged("whole")}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 9, 12, 15, 18, 20]
+    for line in lines:
+        assert line == pytest.approx(whole[line["step"]], rel=1e-4)
+
+
+# Bad input
+
+LONG = "x" * 300
+ARGUMENTS = [  # of a new run; without words: the message names flag and value
+    "--layer 99", "--layer 3", "--layer -1", "--layer 2 --loss e2e_ds", "--loss foo", "--loss ''",
+    "--sparsity -1", "--sparsity nan", "--sparsity inf", "--downstream -0.5", "--n-features 0",
+    "--n-sequences 0", "--n-sequences 3", "--context 1", "--context 33", "--batch-size 0",
+    "--micro-batch 3", "--micro-batch 0", "--lr -1.0", "--lr nan", "--warmup -1", "--clip -1.0",
+    "--n-eval 0", "--seed -1", "--seed 99999999999999999999", "--dtype float16", "--device tpu",
+    "--log-steps 0", "--checkpoint-minutes -1.0", "--n-features 99999999999999",
+    f"--warmup 1{'0' * 400}", ("--context 32 --layer 1e0", "--layer"), ("--layer", "--layer"),
+    ("--unknown 1", "--unknown"), ("--lay 1", "--lay"), ("stray", "stray"),
+    ("--compile=yes", "--compile"),
+    ("--loss 'a\nb'", "--loss"), ("--evaluate run --resume run", "--resume"),
+    ("--out run", "--resume run"),
+    ("--out model", "model is there"), ("--out model/config.json/x", "model/config.json"),
+    (f"--out {LONG}", LONG), ("--out .", "is there"), ("--model nowhere", "nowhere"),
+    (f"--model {LONG}", LONG),
+    ("--model model/config.json", "no model"), ("--model run", "run"),
+    ("--model ''", "config.json")]
+RESUME = [
+    ("--resume nowhere", "nowhere/config.json"), ("--resume model", "model/config.json"),
+    ("--resume '' --model model", "config.json"), ("--resume run/log.jsonl", "log.jsonl"),
+    ("--resume run --layer 2", "--layer is 2, the run in run has 1"),
+    ("--resume run --sparsity 3", "--sparsity is 3.0, the run in run has 0.5"),
+    ("--resume run --loss local", "--loss is local, the run in run has e2e"),
+    ("--resume run --n-sequences 96", "--n-sequences is 96, the run in run has 80"),
+    ("--resume run --seed 1", "--seed is 1, the run in run has 0"),
+    ("--resume run --model gpt2", "--model is gpt2, the run in run has model"),
+    ("--resume run --out elsewhere", "--out is elsewhere, the run in run has run"),
+    ("--resume run --micro-batch 3", "--micro-batch is 3"),
+    ("--resume run --device tpu", "--device is tpu"),
+    ("--resume whole --seed 1", "--seed is 1, the run in whole has 0")]
+EVALUATE = [
+    ("--evaluate nowhere", "nowhere"), ("--evaluate model", "no SAE"),
+    ("--evaluate run", "run: there is no SAE"),
+    ("--evaluate whole run", "run: there is no SAE"),
+    ("--evaluate whole --layer 2", "--layer is 2"),
+    ("--evaluate whole --model gpt2", "--model is gpt2"),
+    ("--evaluate model/vocab.json", "vocab.json"),
+    ("--evaluate whole --n-eval 0", "--n-eval is 0"),
+    ("--evaluate whole --context 33", "--context is 33"),
+    ("--evaluate ''", "no SAE"), (f"--evaluate {LONG}", LONG), ("--evaluate", "--evaluate")]
+NEW, ON, SHOW = "--out out", "--resume run", "--evaluate whole"
+FILES = [  # arguments, file, its fate (fields, bytes, how many are kept, None: deleted), words
+    *[(ON, "run/config.json", change, "run/config.json") for change in (
+        None, 40, b"[]", b"\xff", b"[" * 99999, {"layer": "1"}, {"layer": None}, {"layer": True},
+        {"loss": []}, {"model": {}}, {"lr": math.nan}, {"lr": 10**400}, {"compile": 1},
+        {"batch_size": None}, {"batch_size": "4"}, {"n_sequences": []}, {"more": 1},
+        {"device": "tpu"},
+        {"dtype": 32}, {"sparsity": -1}, {"loss": "e2e\n"}, {"micro_batch": 3})],
+    *[(ON, "run/config.json", change, words) for change, words in (
+        ({"n_features": 23}, "run"), ({"seed": 7}, "run"), ({"sparsity": 2}, "run"),
+        ({"layer": 9}, "--layer is 9"), ({"model": "no\0where"}, "no model"))],
+    *[(ON, "run/checkpoint.pt", change, "run/checkpoint.pt is damaged") for change in (
+        0, 9, 5000, -1, b"hello", b"\x80\x04cposix\nsystem\n(S'touch pwned'\ntR.",
+        "version", "step", "sae", "adam", "config", [])],
+    (ON, "run/log.jsonl", b"nonsense\n", "run/log.jsonl"),
+    (ON, "run/log.jsonl", b"[]\n", "run/log.jsonl"),
+    ("--resume whole", "whole/eval.json", b"{}", "whole/eval.json"),
+    *[(NEW, "model/config.json", change, "model") for change in (
+        None, 30, b"7", {"n_layer": 4}, {"n_layer": 0}, {"n_embd": 17}, {"n_embd": 10**5},
+            {"n_head": 3},
+        {"n_positions": 64}, {"vocab_size": 1000}, {"vocab_size": "x"},
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": None})],
+    *[(NEW, "model/model.safetensors", change, "model/model.safetensors") for change in (
+        None, 0, 7, 100, -1, b"\xff" * 99, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]")],
+    *[(NEW, "model/vocab.json", change, "vocab.json") for change in (
+        None, 100, b"[]", b"{}", {"a": 5}, {"a": "b"}, {"zz": 1024}, {"": 1024}, {"\u4e2d": 1024})],
+    *[(SHOW, "whole/cfg.json", change, "whole") for change in (
+        None, b"[]", {"architecture": "topk"}, {"normalize_activations": "layer_norm"},
+            {"metadata": 3})],
+    *[(SHOW, "whole/cfg.json", {"metadata": {"model_name": "model", "context_size": 16,
+       "hook_name": "blocks.1.hook_resid_pre", **change}}, words) for change, words in (
+        ({"hook_name": "blocks.1.mlp"}, "hook_name"), ({"hook_name": None}, "whole"),
+        ({"hook_name": "blocks.7.hook_resid_pre"}, "--layer is 7"),
+        ({"model_name": "nowhere"}, "nowhere"),
+        ({"model_name": []}, "model"), ({"context_size": 33}, "--context is 33"),
+        ({"context_size": "16"}, "16"))],
+    *[(SHOW, "whole/sae_weights.safetensors", change, "whole") for change in (
+        None, 0, 50, -1, {"b_enc": torch.ones(3)}, {"W_enc": torch.ones(2, 2, 2)},
+            {"b_dec": torch.ones(16) / 0},
+        {"W_enc": torch.ones(0, 0)}, {"b_dec": torch.ones(())})],
+    *[("--evaluate run/checkpoint.pt", "run/checkpoint.pt", change,
+    "run/checkpoint.pt") for change in (
+        9, "sae", [], ["blocks-6-hook_resid_pre.x"], [3])]]
+
+
+def spoil(path, change):
+    if change is None:
+        path.unlink()
+    elif path.suffix == ".safetensors" and isinstance(change, dict):
+        gpt2.write_safetensors(path, dict(gpt2.read_safetensors(path)) | change)
+    elif isinstance(change, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, int):
+        path.write_bytes(path.read_bytes()[:change])
+    else:  # another file of torch's, or a checkpoint one of whose parts is another's
+        torch.save(saved("run") | {change: "other"} if isinstance(change, str) else change, path)
+
+
+def cases():
+    for case in ARGUMENTS:
+        arguments, words = case if isinstance(case, tuple) else (case,
+            "{} is {}".format(*shlex.split(case)[:2])[:60])
+        yield f"--out out {arguments}", None, None, words
+    for arguments, words in RESUME + EVALUATE:
+        yield arguments, None, None, words
+    yield from FILES
+
+
+@pytest.mark.parametrize("arguments, file, change, words", [
+    pytest.param(*case, id=str(i)) for i, case in enumerate(cases())])
+def test_bad_input(here, capsys, recwarn, arguments, file, change, words):
+    if file:
+        spoil(here / file, change)
+    before = tree(here)
+    new = RUN if arguments.startswith("--out") else []
+    assert e2e_sae.main([*new, *shlex.split(arguments)]) == 2
+    only_line(capsys.readouterr().err, words)
+    assert tree(here) == before and not recwarn.list  # a warning would be lines more
+
+
+# ------------------------------------------------------------------------------------------------
+# Fetching, tokenising, and files that are not to be trusted
+# ------------------------------------------------------------------------------------------------
+
+# A miniature of everything that is fetched, in the real formats
+
+ORDER = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+OTHERS = [byte for byte in range(256) if byte not in ORDER]
+CHARS = {b: chr(b) for b in ORDER} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+RANKS = {token: i for i, token in enumerate([bytes([b]) for b in CHARS]
+                                            + [b"th", b"he", b"the", b" t", b" the", b"in", b"er"])}
+VOCAB = {"".join(CHARS[b] for b in t): i for t, i in RANKS.items()} | {"<|endoftext|>": 263}
+ORACLE = tiktoken.Encoding("oracle", pat_str=r50k_pat_str, mergeable_ranks=RANKS,
+                           special_tokens={"<|endoftext|>": 263})
+PROSE = "In the beginning there was the thin winter, 1984; they're her brother's naïve 東京 ☃.\n"
+DOCUMENTS = {
+    "one.xz": {"1.txt": PROSE * 9, "2.txt": " \n a\n\nb\n\n\nc\n\n\n\n\n<|endoftext|> \t\n",
+               "3.txt": ""},
+    "../evil.xz": {"../../evil.txt": "evil", "/tmp/evil.txt": PROSE, "evil.md": "no document"},
+    "three.xz": {"5.txt": PROSE * 4, "6.txt": "the last " * 20},
+}
+TEXTS = [text for xz in DOCUMENTS.values() for name, text in xz.items() if name.endswith(".txt")]
+GELU = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 264}
+sha256 = lambda data: hashlib.sha256(data).hexdigest()
+
+
+def weights(n_layer, n_embd, n_positions, vocab_size, **_):
+    """GPT-2's tensors as OpenAI's file has them: Conv1D as (in, out), a mask that is no weight."""
+    rng, d = np.random.default_rng(0), n_embd
+    linear = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, 4 * d)}
+    block = linear | {"mlp.c_proj": (4 * d, d), "ln_1": (d,), "ln_2": (d,)}
+    shapes = {"wte.weight": (vocab_size, d), "wpe.weight": (n_positions, d)}
+    shapes |= {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for i in range(n_layer):
+        shapes |= {f"h.{i}.{name}.weight": size for name, size in block.items()}
+        shapes |= {f"h.{i}.{name}.bias": size[-1:] for name, size in block.items()}
+        shapes[f"h.{i}.attn.bias"] = (1, 1, 4, 4)
+    return {name: (0.4 * rng.standard_normal(s)).astype("f4") for name, s in shapes.items()}
+
+
+def tar(files):
+    """A tar of {name: bytes}."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def subset(documents, damage=lambda name, xz: xz):
+    """A subset of OpenWebText: a tar of .xz, each a tar of documents."""
+    packed = {name: lzma.compress(tar({n: text.encode() for n, text in texts.items()}))
+              for name, texts in documents.items()}
+    return tar({"README": b"no .xz"} | {name: damage(name, xz) for name, xz in packed.items()})
+
+
+def clean(text):
+    return re.sub("\n{3,}", "\n\n", text).strip()
+
+
+def expected_bins(texts):
+    """train and val, by the rules of DESIGN section 4."""
+    ids = [ORACLE.encode_ordinary(clean(text)) for text in texts]
+    join = lambda documents: [token for ids in documents for token in (*ids, 263)][:-1]
+    n_val = min(len(join(ids)) // 200, 1_000_000)
+    n = next(n for n in range(1, len(ids)) if len(join(ids[-n:])) >= n_val)
+    return [join(ids[:-n]), join(ids[-n:])]
+
+
+BODY = np.random.default_rng(0).bytes(2_500_000)
+N, WRONG = len(BODY), BODY[:-1] + b"?"
+GPT2 = "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
+APOLLO = "/apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d/"
+SUBSET = ("/datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740/"
+          "subsets/urlsf_subset00.tar")
+SERVED = {"/file": BODY, SUBSET: subset(DOCUMENTS),
+         GPT2 + "config.json": json.dumps(GELU | SIZES).encode(),
+         GPT2 + "vocab.json": json.dumps(VOCAB).encode(),
+         GPT2 + "model.safetensors": save(weights(**SIZES))}
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub's `resolve` on 127.0.0.1. It counts what it serves, and does what `faults` say."""
+
+    daemon_threads = True
+    handle_error = lambda *args: None  # a client that hangs up is none of its concern
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.ranges, self.served = dict(SERVED), [], Counter()
+        self.faults = []  # one a request: {status, html, body, no_range, cut, hold, stall}
+        self.arrived, self.release = threading.Event(), threading.Event()
+
+
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, length=0, **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": length} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+
+    def do_GET(self):
+        hub, path = self.server, self.path.removeprefix("/cdn")
+        if path not in hub.files:
+            return self.answer(404)
+        body = hub.files[path]
+        if path == self.path and not path.endswith(".json"):  # in large-file storage: redirect
+            about = {"X_Linked_Etag": f'"{sha256(body)}"', "X_Linked_Size": len(body)}
+            return self.answer(302, Location="/cdn" + path, **about)
+        fault = hub.faults.pop(0) if hub.faults else {}
+        body, span = fault.get("body", body), self.headers.get("Range")
+        hub.ranges.append(span)
+        start = int(re.fullmatch(r"bytes=(\d+)-", span)[1]) if span else 0
+        start = 0 if fault.get("no_range") else start
+        hub.arrived.set()
+        if fault.get("hold"):
+            hub.release.wait(60)
+        if fault.get("status"):
+            return self.answer(fault["status"])
+        if fault.get("html"):
+            return self.answer(200, Content_Type="text/html; charset=utf-8")
+        if start >= len(body):
+            return self.answer(416, Content_Range=f"bytes */{len(body)}")
+        about = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        self.answer(206 if start else 200, len(body) - start, **about)
+        rest = body[start:][: fault.get("cut")]
+        hub.served[path] += len(rest)
+        self.wfile.write(rest)
+        if fault.get("stall"):
+            hub.release.wait(60)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub; data/ is empty, the pinned hashes are the miniatures', waits take no time."""
+    with Hub() as hub:
+        threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("E2E_SAE_HUB", hub.url + "/")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(gpt2, "DATA", tmp_path / "data")
+        known = {name: sha256(SERVED[GPT2 + name]) for name in ("vocab.json", "model.safetensors")}
+        monkeypatch.setattr(gpt2, "SHA256", known)
+        monkeypatch.setattr(openwebtext, "SHA256", [sha256(SERVED[SUBSET])])
+        monkeypatch.setattr(gpt2, "TIMEOUT", (1, 0.3))
+        monkeypatch.setattr(gpt2.time, "sleep", lambda seconds: None)
+        yield hub
+        hub.release.set()
+        hub.shutdown()
+
+
+def error_of(call, *words):
+    """`call` ends in a UserError of one line, with these words in it."""
+    with pytest.raises(gpt2.UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def start_call(call):
+    """Run `call` in another process. Returns its pid and what it prints or raises, as a file."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, open(read)
+    try:
+        sys.stderr = open(write, "w", buffering=1)
+        call()
+        print("fine", file=sys.stderr)
+    except BaseException as error:
+        print(type(error).__name__, error, file=sys.stderr)
+    finally:
+        os._exit(0)
+
+
+def dies(call):
+    """Whether `call`, in another process, ends by kill -9."""
+    pid, prints = start_call(call)
+    return (prints.read(), os.waitpid(pid, 0)[1]) == ("", signal.SIGKILL)
+
+
+def die(*args, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# download
+
+CUTS = 0, 1, 70_000, 2**20, 2**20 + 1, N - 1
+
+
+@pytest.mark.parametrize("faults, served", [
+    ([], N),
+    *(([{"cut": k}], N) for k in CUTS),
+    ([{"cut": 2**20}, {"cut": 70_000}, {"status": 503}, {"cut": 2**20}], N),
+    ([{"cut": 2**20, "no_range": True}, {"no_range": True}], N + 2**20),
+    ([{"status": 429}, {"status": 503}, {"status": 500}, {"status": 408}], N),
+    ([{"hold": True}, {"cut": 2**20 + 1, "stall": True}], N),
+], ids=str)
+def test_download_survives(hub, tmp_path, faults, served):
+    hub.faults, path, failures = list(faults), tmp_path / "new" / "file", max(1, len(faults))
+    assert gpt2.download(hub.url + "/file", path) == path and path.read_bytes() == BODY
+    assert served <= hub.served["/file"] < served + 2**20 * failures  # each may lose a chunk
+    assert not hub.faults and not list(tmp_path.rglob("*.part"))
+    before = len(hub.ranges)
+    gpt2.download(hub.url + "/file", path)
+    assert len(hub.ranges) == before <= len(faults) + 1  # what is there is not fetched again
+
+
+@pytest.mark.parametrize("faults, requests, word", [
+    ([{"status": 404}], 1, "404"),
+    ([{"status": 403}], 1, "403"),
+    ([{"html": True}], 1, "web page"),
+    ([{"body": WRONG}], 1, sha256(WRONG)),
+    ([{"body": BODY + b"?"}], 1, f"{N + 1:,}"),
+    ([{"body": BODY[:-1]}] * 40, 5, f"{N - 1:,} of {N:,}"),
+    ([{"status": 503}] * 40, 5, "503"),
+    ([{"cut": 0}] * 40, 5, "connection"),
+    ([{"hold": True}] * 40, 5, "no answer in time"),
+    ([{"stall": True, "cut": 9}] * 40, 5, "no answer in time"),
+    ([{"no_range": True, "cut": k} for k in (2**20, 2**21)] * 20, 7, "connection"),
+    ([{"body": WRONG, "cut": 2**20}, {"body": WRONG}] * 20, 7, "broke"),
+], ids=lambda value: str(value)[:40] if value else None)
+def test_download_gives_up(hub, tmp_path, faults, requests, word):
+    hub.faults, path = list(faults), tmp_path / "file"
+    error_of(lambda: gpt2.download(hub.url + "/file", path), hub.url, path, word, "--model stdlib")
+    assert not path.exists() and 1 <= len(hub.ranges) <= requests
+
+
+@pytest.mark.parametrize("part, served", [
+    (BODY[:1000], N - 1000), (BODY, 0), (b"?" * 1000, 2 * N - 1000), (WRONG, N), (BODY + b"?", N),
+], ids=["first part", "whole", "other", "other whole", "too long"])
+def test_stale_part(hub, tmp_path, part, served):
+    (tmp_path / "file.part").write_bytes(part)
+    path = gpt2.download(hub.url + "/file", tmp_path / "file", sha256(BODY))
+    assert path.read_bytes() == BODY and hub.served["/file"] == served
+
+
+def test_stale_part_without_a_hash(hub, tmp_path):
+    (tmp_path / "config.json.part").write_bytes(b'{"n_layer": 5')
+    path = gpt2.download(hub.url + GPT2 + "config.json", tmp_path / "config.json")
+    assert path.read_bytes() == SERVED[GPT2 + "config.json"]
+
+
+def test_no_network_and_no_folder(hub, tmp_path, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("E2E_SAE_HUB", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        folder, words = tmp_path / "data" / "gpt2", ("no connection", "--model stdlib")
+        error_of(lambda: gpt2.GPT.from_pretrained("gpt2"), folder, *words)
+    assert not list(folder.iterdir())
+    (tmp_path / "regular").write_bytes(b"as it was")
+    error_of(lambda: gpt2.download(hub.url + "/file", tmp_path / "regular/x/file"), "cannot write")
+    assert (tmp_path / "regular").read_bytes() == b"as it was" and not hub.ranges
+
+
+def test_killed_or_no_space(hub, tmp_path, monkeypatch):
+    path, fetch = tmp_path / "file", lambda: gpt2.download(hub.url + "/file", tmp_path / "file")
+
+    def short_of_space():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
+        fetch()
+
+    pid, prints = start_call(short_of_space)
+    assert prints.read().startswith("UserError cannot fetch") and os.waitpid(pid, 0)[1] == 0
+    for place in (gpt2.Progress, "__call__"), (gpt2.os, "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, die)
+            assert dies(fetch) and not path.exists()
+    assert fetch().read_bytes() == BODY
+    assert hub.ranges[0] is None and None not in hub.ranges[1:] and hub.served["/file"] < 2.5 * N
+
+
+def test_two_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt2, "TIMEOUT", (60, 60))
+    hub.faults = [{"hold": True}]
+    fetch = lambda: gpt2.download(hub.url + "/file", tmp_path / "file")
+    first, prints = start_call(fetch)
+    assert hub.arrived.wait(30)
+    second, also_prints = start_call(fetch)
+    assert "waiting" in also_prints.readline()
+    hub.release.set()
+    assert prints.read().endswith("fine\n") and also_prints.read().endswith("fine\n")
+    assert (os.waitpid(first, 0)[1], os.waitpid(second, 0)[1]) == (0, 0)
+    assert (tmp_path / "file").read_bytes() == BODY and hub.served["/file"] == N
+
+
+def test_train_from_nothing(hub, tmp_path, monkeypatch):
+    for file in ("gpt2.py", "e2e_sae.py", "data/openwebtext.py", "data/stdlib.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(Path(gpt2.__file__).parent / file, tmp_path / file)
+    code = (f"import sys, e2e_sae, gpt2; from data import openwebtext; gpt2.SHA256 = {gpt2.SHA256};"
+            f"openwebtext.SHA256 = {openwebtext.SHA256}; sys.exit(e2e_sae.main(sys.argv[1:]))")
+    flags = ("--layer 1 --loss e2e --context 16 --n-sequences 32 --batch-size 16 --n-features 32 "
+             "--n-eval 2 --device cpu --no-compile --out").split()
+    done = subprocess.run([sys.executable, "-c", code, *flags, "first"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "data/openwebtext/urlsf_subset00.tar").unlink()  # as it says one may
+    monkeypatch.setattr(e2e_sae.signal, "signal", lambda *args: None)  # leave pytest's as they are
+    assert e2e_sae.main([*flags, str(tmp_path / "second")]) == 0
+    assert len(hub.ranges) == 4 and sum(hub.served.values()) == sum(map(len, SERVED.values())) - N
+    first, second = (json.loads((tmp_path / out / "eval.json").read_bytes())
+                     for out in ("first", "second"))
+    assert first["kl"] > 0 and first == second
+
+
+# Text
+
+
+def read_bins(folder):
+    return [np.fromfile(folder / name, "<u2").tolist() for name in ("train.bin", "val.bin")]
+
+
+def test_tokens(hub, tmp_path):
+    bins = [gpt2.load_tokens("gpt2", split).tolist() for split in ("train", "val")]
+    assert bins == expected_bins(TEXTS) == read_bins(tmp_path / "data" / "openwebtext")
+    assert not list(tmp_path.parent.rglob("*evil*")) and not Path("/tmp/evil.txt").exists()
+
+
+@pytest.mark.parametrize("texts", [["", "the end"], ["a", ""], ["", "", "b" * 900],
+                                   ["the " * 300, "in", "a", "b"]],
+                         ids=["first empty", "last empty", "two empty", "short last ones"])
+def test_tokens_of_odd_documents(tmp_path, texts):
+    path = tmp_path / "subset.tar"
+    path.write_bytes(subset({"a.xz": {f"{i}.txt": text for i, text in enumerate(texts)}}))
+    openwebtext.tokenize([path], ORACLE, tmp_path)
+    assert read_bins(tmp_path) == expected_bins(texts)
+
+
+def test_damaged_subset(tmp_path):
+    path, refused, last = tmp_path / "subset.tar", 0, {"three.xz": DOCUMENTS["three.xz"]}
+    for at in range(0, 200, 3):
+        flip = lambda name, xz: xz[:at] + bytes([xz[at] ^ 4]) + xz[at + 1 :]
+        path.write_bytes(subset(last, flip))
+        try:  # some flips do no harm: those in the index behind the data
+            assert list(openwebtext.documents(path)) == [clean(t) for t in TEXTS[-2:]], at
+        except gpt2.UserError as error:
+            refused += 1
+            assert "three.xz" in str(error) and str(path) in str(error)
+    assert refused > 60
+    whole = SERVED[SUBSET]
+    for end in range(0, len(whole.rstrip(b"\0")), 512):
+        path.write_bytes(whole[:end])
+        error_of(lambda: list(openwebtext.documents(path)), path, "damaged")
+
+
+BATCH = "encode_ordinary_batch"
+
+
+@pytest.mark.parametrize("place, nth", [(BATCH, 2), ("replace", 1), ("replace", 2)])
+def test_killed_while_tokenising(hub, tmp_path, monkeypatch, place, nth):
+    texts = [f"the {i}" for i in range(2500)]  # three batches
+    target = tmp_path / "data" / "openwebtext"
+    target.mkdir(parents=True)
+    content = subset({"a.xz": {f"{i}.txt": text for i, text in enumerate(texts)}})
+    (target / "urlsf_subset00.tar").write_bytes(content)
+    gpt2.load_tokenizer("gpt2")
+    where, calls = os if place == "replace" else tiktoken.Encoding, []
+    real = getattr(where, place)
+
+    def nth_dies(*args, **more):
+        calls.append(args)
+        return (die if len(calls) == nth else real)(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, place, nth_dies)
+        assert dies(openwebtext.prepare) and not (target / "train.bin").exists()
+    openwebtext.prepare()
+    assert read_bins(target) == expected_bins(texts)
+
+
+@pytest.mark.parametrize("content, word", [(b"", "0 bytes"), (b"\1\0\2", "3 bytes"),
+                                           (b"\1\0\x08\1", "264")])
+def test_unsound_bins(hub, tmp_path, content, word):
+    bins = {split: tmp_path / f"data/openwebtext/{split}.bin" for split in ("train", "val")}
+    bins["val"].parent.mkdir(parents=True)
+    for split, path in bins.items():
+        for other in bins.values():
+            other.write_bytes(b"\1\0\x07\1")
+        few = gpt2.load_tokens("gpt2", split)
+        error_of(lambda: e2e_sae.windows(few, 3), "--context is 3", "2 tokens")
+        path.write_bytes(content)
+        error_of(lambda: gpt2.load_tokens("gpt2", split), path, word)
+
+
+# Published SAEs
+
+
+def published(layer):
+    """An SAE as the paper's files hold it: keys by its place, the decoder not normalised."""
+    rng = np.random.default_rng(layer)
+    shapes = {"encoder.0.weight": (24, 16), "encoder.0.bias": (24,), "decoder.weight": (16, 24),
+              "decoder.bias": (16,)}
+    return {f"blocks-{layer}-hook_resid_pre.{name}": torch.from_numpy(rng.normal(size=s)).float()
+            for name, s in shapes.items()}
+
+
+def numpy_by_hand(tokens, layer, sae=None):
+    """A float64 pass: (log-probabilities, x, x_hat, features), with x_hat in x's place if `sae`."""
+    w = {name: t.astype("f8") for name, t in load(SERVED[GPT2 + "model.safetensors"]).items()}
+    (batch, pos), seen = tokens.shape, []
+    center = lambda x: x - x.mean(-1, keepdims=True)
+
+    def norm(name, x):
+        x = center(x) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:pos]
+    for i in range(3):
+        linear = lambda name, x: x @ w[f"h.{i}.{name}.weight"] + w[f"h.{i}.{name}.bias"]
+        if i == layer and sae:
+            W_e, b_e, W_d, b_d = (tensor.double().numpy() for tensor in sae.values())
+            features = np.maximum(center(x) @ W_e.T + b_e, 0)
+            x_hat = features @ (W_d / np.sqrt((W_d**2).sum(0))).T + b_d
+            x, seen = x_hat, [center(x), x_hat, features]
+        qkv = linear("attn.c_attn", norm(f"h.{i}.ln_1", x)).reshape(batch, pos, 3, 2, 8)
+        q, k, v = np.moveaxis(qkv, 2, 0)
+        a = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(8)) * np.tri(pos)
+        y = np.einsum("bhqk,bkhd->bqhd", a / a.sum(-1, keepdims=True), v)
+        x = x + linear("attn.c_proj", y.reshape(x.shape))
+        u = linear("mlp.c_fc", norm(f"h.{i}.ln_2", x))
+        gelu = u / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+        x = x + linear("mlp.c_proj", gelu)
+    y = norm("ln_f", x) @ w["wte.weight"].T
+    return y - np.log(np.exp(y).sum(-1, keepdims=True)), *seen
+
+
+@pytest.mark.parametrize("layers, layer", [([1], 1), ([0, 2], 2), ([0, 2], 0)])
+def test_published_saes(hub, layers, layer):
+    file, name = io.BytesIO(), "apollo:e2e_similar_l0_layer_2"
+    torch.save({key: t for k in layers for key, t in published(k).items()}, file)
+    hub.files[APOLLO + "e2e_similar_l0_layer_2.pt"] = file.getvalue()
+    if len(layers) > 1:
+        error_of(lambda: e2e_sae.SAE.load(name), layers, "--layer")
+    sae = e2e_sae.SAE.load(name, None if len(layers) == 1 else layer)
+    assert sae.made_for == {"model": "gpt2", "layer": layer, "context": 1024}
+    assert len(hub.ranges) == 1
+    tokens = np.random.default_rng(1).integers(264, size=(5, 20))
+    got = e2e_sae.evaluate(gpt2.GPT.from_pretrained("gpt2"), sae, tokens, layer)
+    (p,), (q, x, x_hat, features) = numpy_by_hand(tokens, layer), numpy_by_hand(tokens, layer, published(layer))
+    ce = lambda log_p: -np.take_along_axis(log_p[:, :-1], tokens[:, 1:, None], 2).mean()
+    want = {"ce": ce(p), "ce_spliced": ce(q), "kl": (np.exp(p) * (p - q)).sum(-1).mean(),
+            "mse": ((x - x_hat) ** 2).mean(), "l0": (features > 0).sum(-1).mean()}
+    assert {name: got[name] for name in want} == pytest.approx(want, rel=1e-5) and want["kl"] > 0.01
+
+
+def test_unsound_published_saes(hub, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    path, sound = tmp_path / "saes.pt", published(1)
+    first = next(iter(sound))
+    W = sound[first]
+    for content in (Evil(), sound | {"x": Evil()}, {}, [first], sound | {first: None},
+                    sound | {first: W.T}, sound | {first: W * np.nan}, sound | {first: W.int()}):
+        torch.save(content, path)
+        error_of(lambda: e2e_sae.SAE.load(path), path)
+    for content in (b"", b"no archive", path.read_bytes()[:-100]):
+        path.write_bytes(content)
+        error_of(lambda: e2e_sae.SAE.load(path), path)
+    hub.files[APOLLO + "local_similar_ce_layer_6.pt"] = BODY  # its hash is known beforehand
+    error_of(lambda: e2e_sae.SAE.load("apollo:local_similar_ce_layer_6"), "c49a66c6d9ae4f6f")
+    error_of(lambda: e2e_sae.SAE.load("apollo:nosuch"), "404", "nosuch.pt")
+    assert not (tmp_path / "evil").exists() and not list((tmp_path / "data/apollo").iterdir())
+
+
+# Files that are not what they should be
+
+TINY = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_positions": 2, "vocab_size": 2}
+TENSORS = weights(**TINY)
+SOUND = save(TENSORS)
+HEAD = 8 + int.from_bytes(SOUND[:8], "little")
+
+
+def packed(header, body=b""):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + body
+
+
+def one(dtype="F32", shape=(1,), span=(0, 4), body=b"1234"):
+    return packed({"wte.weight": {"dtype": dtype, "shape": shape, "data_offsets": span}}, body)
+
+
+def model(folder, raw=SOUND, **config):
+    """A folder with a model of one block in it, and these changes."""
+    config = GELU | TINY | config
+    config = {name: value for name, value in config.items() if value != "missing"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(raw)
+    return folder
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+HOSTILE = {
+    "empty": b"", "7 bytes": b"\0" * 7, "no JSON": packed(b"{'a'"), "a list": packed([]),
+    "not UTF-8": packed(b'{"\xff":1}'), "huge length": b"\xff" * 8 + b"{}",
+    "beyond the end": b"\x63" + b"\0" * 7 + b"{}", "deep": packed(b'{"a":' + b"[" * 500_000),
+    "deep object": packed(b'{"a":' * 150_000), "surrogate": packed(b'{"\\ud800\\n": {}}'),
+    "a million keys": packed({str(i): 0 for i in range(1_000_000)}), "truncated": SOUND[:-1],
+    "many keys": packed({str(i): {} for i in range(60_000)}), "no entry": packed({"wte.weight": 7}),
+    "dtype": one(dtype="Q4"), "dtype a list": one(dtype=[]), "shape": one(shape=[2]),
+    "negative": one(shape=[-1]), "true": one(shape=[True]), "float": one(shape=[1.0]),
+    "vast": one(shape=[2**62, 4]), "vast nothing": one("F32", [0, 2**62, 4], [0, 0], b""),
+    "beyond": one(span=[4, 8]), "backwards": one(span=[4, 0]), "left over": one(body=b"12345"),
+    "gap": one(span=[4, 8], body=b"12345678"), "overlap": packed({"a": ENTRY, "b": ENTRY}, b"1234"),
+}
+
+
+@pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_safetensors(tmp_path, raw):
+    path = model(tmp_path, raw) / "model.safetensors"
+    error_of(lambda: list(gpt2.read_safetensors(path)), path)
+    error_of(lambda: gpt2.GPT.from_pretrained(tmp_path), path)
+
+
+def test_wrong_tensors(tmp_path):
+    cases = {"ln_f.bias": {name: t for name, t in TENSORS.items() if name != "ln_f.bias"},
+             "h.1.ln_1.bias": TENSORS | {"h.1.ln_1.bias": TENSORS["ln_f.bias"]}}
+    for name, shape in {"h.0.mlp.c_fc.weight": (8, 2), "wte.weight": 4, "wpe.weight": (1, 4),
+                        "h.0.attn.c_attn.weight": (1, 2, 6)}.items():
+        cases[name] = TENSORS | {name: TENSORS[name].reshape(shape)}
+    for word, tensors in cases.items():
+        path = model(tmp_path, save(tensors)) / "model.safetensors"
+        error_of(lambda: gpt2.GPT.from_pretrained(tmp_path), path, word)
+
+
+BAD = "missing", None, 0, -1, 1.5, True, "1\n2", [1], 10**30
+
+
+@pytest.mark.parametrize("key, value", [
+    *((key, value) for key in TINY for value in BAD),
+    ("n_head", 3), ("activation_function", "relu"),
+    *(("layer_norm_epsilon", value) for value in ("missing", 0, -1.0, 2.0, float("nan"), "1e-5")),
+])
+def test_wrong_config(tmp_path, key, value):
+    folder = model(tmp_path, **{key: value})
+    error_of(lambda: gpt2.GPT.from_pretrained(folder), folder / "config.json", key)
+
+
+def test_config_of_another_model(tmp_path):
+    call = lambda: gpt2.GPT.from_pretrained(tmp_path)
+    for wrong in {"n_embd": 10**5}, {"vocab_size": 10**6, "n_embd": 10**5}, {"n_layer": 9}:
+        error_of(call, model(tmp_path, **wrong) / "model.safetensors")
+    for raw in (b"", b"[]", b"{", b"\xff", b"[" * 10**5):
+        (tmp_path / "config.json").write_bytes(raw)
+        error_of(call, tmp_path / "config.json")
+
+
+def test_fuzz(tmp_path):
+    rng, seen = np.random.default_rng(0), Counter()
+    pick = lambda values: values[rng.integers(len(values))]
+    values = [None, True, -1, 0, 1, 2**31, 2**62, 2**64, 0.5, "", "F32", "BF16", "I64", [], [2],
+              [0, 2**62, 4], {}, [[]]]
+    places = ["dtype", "shape", "data_offsets", "item"] * 4 + ["name", "entry"]
+    path = model(tmp_path) / "model.safetensors"
+    gpt2.GPT.from_pretrained(tmp_path)
+    with open(path, "r+b", buffering=0) as file:
+        for i in range(2400):
+            raw, header = bytearray(SOUND), json.loads(SOUND[8:HEAD])
+            if i % 4 == 0:
+                raw = raw[: rng.integers(len(raw))]
+            elif i % 4 == 1:  # a few bits, mostly at the start
+                for at in rng.integers(pick([8, 60, 600, len(raw)]), size=rng.integers(1, 4)):
+                    raw[at] ^= 1 << rng.integers(8)
+            else:  # a well-formed header with something else in one place
+                name, place, value = pick(list(header)), pick(places), pick(values)
+                if place == "name":
+                    header[str(value)] = header.pop(name)
+                elif place == "entry":
+                    header[name] = value
+                elif place == "item":
+                    header[name][pick(["shape", "data_offsets"])][0] = value
+                else:
+                    header[name][place] = value
+                raw = packed(header, SOUND[HEAD:])
+            file.seek(0)
+            file.write(raw)
+            file.truncate()
+            try:
+                list(gpt2.read_safetensors(path))
+                gpt2.GPT.from_pretrained(tmp_path)  # slower: only where the reader did not object
+                seen["fine"] += 1
+            except gpt2.UserError as error:
+                assert "\n" not in str(error)
+                seen["refused"] += 1
+            except Exception as error:
+                seen[f"{type(error).__name__}: {error}"[:90]] += 1
+    assert seen.keys() == {"fine", "refused"} and seen["refused"] > 2000, seen

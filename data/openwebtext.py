@@ -49,21 +49,29 @@ def documents(path, progress=lambda done: None):
                 if not (member.isfile() and member.name.endswith(".xz")):
                     continue
                 name = member.name
-                with lzma.open(subset.extractfile(member)) as plain, tarfile.open(fileobj=plain, mode="r|") as pages:
+                with (
+                    lzma.open(subset.extractfile(member)) as plain,
+                    tarfile.open(fileobj=plain, mode="r|") as pages,
+                ):
                     for page in pages:
                         if page.isfile() and page.name.endswith(".txt"):
                             text = pages.extractfile(page).read().decode("utf-8", errors="replace")
                             yield re.sub(r"\n\n\n+", "\n\n", text).strip()
                 progress(file.tell())
+            name = "its end"
+            file.seek(subset.offset)
+            if file.read(512) != bytes(512):  # a tar ends with zeros; tarfile takes any end for one
+                raise tarfile.ReadError("it is cut off")
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path} is damaged at {name} ({error}): delete it, and it is fetched again") from None
+        remedy = "delete it, and it is fetched again"
+        raise UserError(f"{path} is damaged at {name} ({error}): {remedy}") from None
 
 
 def tokenize(paths, tokenizer, target):
     """Write the tokens of the subsets in `paths` to target/train.bin and target/val.bin.
 
-    val.bin has the last documents: 0.5 % of the tokens or a million, whichever is less. Memory holds
-    a few thousand documents at a time.
+    val.bin has the last documents: 0.5 % of the tokens or a million, whichever is less. Memory
+    holds a few thousand documents at a time.
 
     Raises:
         UserError: if a subset is damaged or the disk is full; neither file is there then.
@@ -88,23 +96,26 @@ def tokenize(paths, tokenizer, target):
             for batch in chain(batches(), [None]):  # unpack a batch while the one before is encoded
                 encoded, waiting = waiting, batch and ahead.submit(encode, batch)
                 for tokens in encoded.result() if encoded else ():
-                    if total:
+                    if starts:
                         file.write(eot)
                         total += 1
                     starts.append(total)
                     file.write(np.array(tokens, dtype="<u2"))
                     total += len(tokens)
             if len(starts) < 2:
-                raise UserError(f"{paths[0]} holds {len(starts)} documents, at least 2 are needed: fetch it again")
+                raise UserError(f"{paths[0]} holds {len(starts)} documents, at least 2 are needed: "
+                                "delete it, and it is fetched again")
             n_val = min(total // 200, 1_000_000)
-            start = next(start for start in reversed(starts) if total - start >= n_val or start == starts[1])
+            start = next(s for s in reversed(starts) if total - s >= n_val or s == starts[1])
             file.seek(2 * start)
             gpt2.write_atomic(target / "val.bin", lambda val: val.write(file.read()))
             file.truncate(2 * (start - 1))  # nor the end-of-text between the two
         os.replace(beside, target / "train.bin")
     except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {target}: {reason}; free some space, start again") from None
+    finally:
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {target}: {error.strerror}; free some space and start again") from None
     print(f"{start - 1:,} tokens to train on, {total - start:,} held out; "
           f"{', '.join(str(path) for path in paths)} may be deleted", file=sys.stderr)
 
@@ -141,19 +152,22 @@ def load_tokens(split):
     n_vocab = gpt2.load_tokenizer("gpt2").n_vocab
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise UserError(f"{path} has {size:,} bytes, must be 2 a token: delete it, and it is made again")
+        raise UserError(f"{path} has {size:,} bytes, must be 2 a token: delete it, "
+                        "it is made again")
     tokens = np.memmap(path, dtype="<u2", mode="r")
     worst = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
     if worst >= n_vocab:
-        raise UserError(f"{path} has token id {worst}, must be below {n_vocab:,}: delete it, and it is made again")
+        raise UserError(f"{path} has token id {worst}, must be below {n_vocab:,}: delete it, "
+                        "it is made again")
     return tokens
 
 
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--subsets", type=int, default=1, choices=range(1, SUBSETS + 1), metavar="N",
-                        help=f"how many of the {SUBSETS} subsets (default 1)")
+    help = f"how many of the {SUBSETS} subsets (default 1); train.bin, if it is there, stays"
+    numbers = range(1, SUBSETS + 1)
+    parser.add_argument("--subsets", type=int, default=1, choices=numbers, metavar="N", help=help)
     try:
         prepare(parser.parse_args().subsets)
         for split in "train", "val":

@@ -8,10 +8,12 @@ file stays on its side in every version of Python.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
 import re
+import sys
 import sysconfig
 import time
 from collections import Counter, defaultdict
@@ -65,7 +67,7 @@ def load_tokens(tokenizer, split):
 
 
 def train_bpe(texts, vocab_size):
-    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest pair of neighbours, again and again.
+    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest pair of neighbours, and again.
 
     Args:
         texts: strings to learn from.
@@ -212,7 +214,7 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
         if step % max(1, steps // 10) == 0 or step == steps:
             val = validation_loss(gpt, val_tokens if step == steps else val_tokens[:50_000])
             print(
-                f"step {step:,} of {steps:,}: train loss {loss:.3f}, validation loss {val:.4f} nats per token, "
+                f"step {step:,} of {steps:,}: train loss {loss:.3f}, validation {val:.4f} nats, "
                 f"{(time.time() - start) / 60:.1f} min",
                 flush=True,
             )
@@ -225,33 +227,38 @@ def save_model(gpt, folder):
     tensors = {name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
                for name, p in gpt.named_parameters()}
     end = gpt.config.vocab_size - 1  # end-of-text
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
-              **vars(gpt.config), "bos_token_id": end, "eos_token_id": end}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **vars(gpt.config),
+              "activation_function": "gelu_new", "bos_token_id": end, "eos_token_id": end}
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config)
 
 
-def main():
-    """Make the tokenizer and train the model, or say how far it came."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--folder", type=Path, default=DATA / "stdlib", help="where the files go")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})"
-    )
-    args = parser.parse_args()
+def make(folder, steps):
+    """Make the tokenizer and the model in `folder`, from nothing, and say how good the model is."""
     texts = read_files("train")
     print(f"{len(texts)} files, {sum(map(len, texts.values())):,} characters to train on")
-    write_tokenizer(train_bpe(texts.values(), VOCAB_SIZE), args.folder)
-    tokenizer = load_tokenizer(args.folder)
+    write_tokenizer(train_bpe(texts.values(), VOCAB_SIZE), folder)
+    tokenizer = load_tokenizer(folder)
     train, val = load_tokens(tokenizer, "train"), load_tokens(tokenizer, "val")
-    characters = sum(map(len, read_files("val").values()))
     print(f"{len(train):,} tokens to train on, {len(val):,} to validate")
-    gpt, loss = train_model(
-        train, val, SIZES, args.steps, BATCH_SIZE, keep=lambda gpt: save_model(gpt, args.folder)
-    )
-    print(
-        f"validation loss {loss:.3f} nats per token, {loss * len(val) / characters / math.log(2):.3f} bits per character"
-    )
+    save = functools.partial(save_model, folder=folder)
+    _, loss = train_model(train, val, SIZES, steps, BATCH_SIZE, keep=save)
+    bits = loss / math.log(2) * len(val) / sum(map(len, read_files("val").values()))
+    print(f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per character")
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--folder", type=Path, default=DATA / "stdlib", help="where the files go")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps ({STEPS})")
+    args = parser.parse_args()
+    try:
+        if args.steps < 1:
+            raise UserError(f"--steps is {args.steps}, must be at least 1: change it")
+        make(args.folder, args.steps)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
