@@ -65,16 +65,17 @@ from gpt2 import GPT, GPTConfig, Progress, UserError, duration
 # Settings
 # ------------------------------------------------------------------------------------------------
 
-STDLIB_SPARSITY = {"local": 0.5, "e2e": 0.5, "e2e_ds": 0.5}
+PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}
+STDLIB_SPARSITY = {"local": 0.6, "e2e": 2.0, "e2e_ds": 3.0}
 # What a setting is for GPT-2, as in the paper, and for other models: sized for stdlib on two cores
 DEFAULTS = {
     "layer": (6, 3),
-    "sparsity": ({"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}, STDLIB_SPARSITY),
+    "sparsity": (PAPER_SPARSITY, STDLIB_SPARSITY),
     "n_features": (60, 16),  # times d_model
-    "n_sequences": (400_000, 4_800),
+    "n_sequences": (400_000, 3_200),
     "context": (1024, 128),
-    "lr": (5e-4, 2e-3),
-    "n_eval": (500, 1_000),
+    "batch_size": (16, 8),
+    "lr": (5e-4, 5e-3),
 }
 # What says how a run is carried out and not what comes out: may change when it is resumed
 EXECUTION = ("device", "compile", "micro_batch", "log_steps", "checkpoint_minutes", "out")
@@ -101,11 +102,11 @@ class Config:
     n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1, 10**7)
     n_sequences: int = setting(None, "sequences to train on, in all", 1)
     context: int = setting(None, "tokens in a sequence", 2)
-    batch_size: int = setting(16, "sequences in an optimizer step", 1)
+    batch_size: int = setting(None, "sequences in an optimizer step", 1)
     lr: float = setting(None, "Adam's learning rate; it falls to a tenth along a cosine", 0)
     warmup: int = setting(None, "sequences while it rises from zero (a twentieth of all)", 0)
     clip: float = setting(10.0, "the longest gradient: a longer one is scaled down", 0)
-    n_eval: int = setting(None, "held-out sequences to evaluate on", 1)
+    n_eval: int = setting(500, "held-out sequences to evaluate on", 1)
     seed: int = setting(0, "of the SAE's first weights and of the order of the text", 0)
     dtype: str = setting(None, "float32 or bfloat16 products (bfloat16 if the GPU has it)")
     device: str = setting(None, "cuda, mps or cpu (the first of them that is there)")
@@ -128,7 +129,8 @@ class Config:
         usual["compile"] = cuda and self.device in (None, "cuda")
         half = usual["compile"] and torch.cuda.is_bf16_supported()
         usual["dtype"] = "bfloat16" if half else "float32"
-        usual["micro_batch"] = self.batch_size
+        batch = usual["batch_size"] if self.batch_size is None else self.batch_size
+        usual["micro_batch"] = batch
         n_sequences = usual["n_sequences"] if self.n_sequences is None else self.n_sequences
         usual["warmup"] = n_sequences // 20 if type(n_sequences) is int else 0
         for f in fields(self):
@@ -149,7 +151,6 @@ class Config:
         self.check("device", self.device in ("cpu", "cuda", "mps"), "cuda, mps or cpu")
         here = {"cpu": True, "cuda": cuda, "mps": mps}[self.device]
         self.check("device", here, f"there: this machine has none, so {usual['device']}")
-        batch = self.batch_size
         self.check("micro_batch", batch % self.micro_batch == 0, f"a divisor of batch_size {batch}")
         self.check("n_sequences", self.n_sequences >= batch, f"at least a batch, {batch}")
         if self.out is None:

@@ -93,11 +93,12 @@ def text(monkeypatch):
 
 def config_of(tiny, **given):
     """Settings for a run on the tiny model."""
-    usual = dict(model=str(tiny), layer=1, context=32, n_features=40, n_sequences=128, n_eval=20, device="cpu")
+    usual = dict(model=str(tiny), layer=1, context=32, n_features=40, n_sequences=128, batch_size=16)
+    usual |= dict(n_eval=20, device="cpu")
     return Config(**usual | given)
 
 
-def by_hand(state, tokens, sae, layer, n_head, replace=None):
+def by_hand(state, tokens, layer, n_head, replace=None):
     """GPT-2 with an SAE in it, in float64, in plain formulas; shares no code with the project.
 
     Args:
@@ -148,8 +149,8 @@ def losses_by_hand(state, tokens, weights, layer, n_head, lam, beta):
         features["f"] = f
         return f @ (w_d / (w_d**2).sum(0).sqrt()).T + b_d
 
-    clean, y = by_hand(state, tokens, None, layer, n_head)
-    spliced, y_hat = by_hand(state, tokens, None, layer, n_head, splice)
+    clean, y = by_hand(state, tokens, layer, n_head)
+    spliced, y_hat = by_hand(state, tokens, layer, n_head, splice)
     f, (n, d) = features["f"], (tokens.numel(), w_e.shape[1])
     p, q = (z.exp() / z.exp().sum(-1, keepdim=True) for z in (y, y_hat))
     later = range(layer + 1, len(clean) - 1)
@@ -258,10 +259,13 @@ def test_model_recipe_learns(tmp_path):
     sizes = GPTConfig(n_layer=2, n_head=1, n_embd=16, n_positions=16, vocab_size=64)
     gpt, loss = stdlib.train_model(tokens, tokens[:320], sizes, 400, 8)
     assert loss < 1.5 < math.log(50)
-    stdlib.save_model(gpt, tmp_path)
-    again = GPT.from_pretrained(tmp_path)
     batch = torch.arange(16).view(1, -1)
-    assert (again(batch) - gpt(batch)).abs().max() < 0.05  # float16 weights
+    before = gpt(batch)
+    stdlib.to_unit_stream(gpt, tokens)
+    assert abs(gpt.h[0](gpt.embed(batch)).pow(2).mean() - 1) < 0.1
+    assert (gpt(batch) - before).abs().max() < 1e-3  # the same function
+    stdlib.save_model(gpt, tmp_path)
+    assert (GPT.from_pretrained(tmp_path)(batch) - before).abs().max() < 0.05  # float16 weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -388,9 +392,9 @@ def test_evaluation_by_hand(tiny):
         w_e, b_e, w_d, b_d = sae.parameters()
         f = lambda x: (x @ w_e.T + b_e).clamp(min=0)
         splice = lambda x: f(x) @ (w_d / w_d.norm(dim=0)).T + b_d
-        clean, y = by_hand(raw, tokens, None, layer, 2)
-        spliced, y_hat = by_hand(raw, tokens, None, layer, 2, splice)
-        _, y_mean = by_hand(raw, tokens, None, layer, 2, lambda x: x.mean((0, 1)).expand_as(x))
+        clean, y = by_hand(raw, tokens, layer, 2)
+        spliced, y_hat = by_hand(raw, tokens, layer, 2, splice)
+        _, y_mean = by_hand(raw, tokens, layer, 2, lambda x: x.mean((0, 1)).expand_as(x))
         log_p, log_q, log_m = (z - z.exp().sum(-1, keepdim=True).log() for z in (y, y_hat, y_mean))
         ce, ce_spliced, ce_ablated = (-log[:, :-1].gather(-1, tokens[:, 1:, None]).mean() for log in (log_p, log_q, log_m))
         fired = f(clean[layer]) > 0
@@ -512,7 +516,7 @@ def test_compiled_loss_equals_eager(tiny, loss):
 def test_two_processes_equal_one(tiny, tmp_path):
     """torchrun with two gloo processes: the losses of one process, and when one dies the other ends."""
     flags = ["--model", str(tiny), "--layer", "1", "--context", "32", "--n-sequences", "320", "--n-features", "40",
-             "--n-eval", "21", "--log-steps", "1", "--device", "cpu"]  # fmt: skip
+             "--n-eval", "21", "--batch-size", "16", "--log-steps", "1", "--device", "cpu"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*two, HERE / "e2e_sae.py", *flags, "--out", "two"], cwd=tmp_path, env=env, capture_output=True, text=True)

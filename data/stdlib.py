@@ -23,8 +23,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpt2 import DATA, END_OF_TEXT, GPT, GPTConfig, Progress, UserError, load_tokenizer
-from gpt2 import printable_bytes, write_atomic, write_json, write_safetensors
+from gpt2 import (
+    DATA,
+    END_OF_TEXT,
+    GPT,
+    GPTConfig,
+    Progress,
+    UserError,
+    load_tokenizer,
+    printable_bytes,
+    write_atomic,
+    write_json,
+    write_safetensors,
+)
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
@@ -164,7 +175,7 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
     """Train a GPT-2 from nothing: Muon for the matrices in the blocks, Adam for the rest.
 
     The upper half of the blocks joins after two fifths of the steps. Until then it is the identity,
-    as every block is at the start, so that nothing jumps and a quarter of the work is saved.
+    as every block is at the start, so that nothing jumps, and a sixth of the work is saved.
 
     Args:
         tokens, val_tokens: 1-D arrays of token ids.
@@ -189,10 +200,9 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
     adam = torch.optim.Adam(rest, betas=(0.9, 0.95), fused=True)
     progress, start = Progress("training the embedded model", steps, "steps"), time.time()
     for step in range(1, steps + 1):
-        at = places.integers(len(tokens) - sizes.n_positions, size=batch_size)[:, None] + np.arange(
-            sizes.n_positions + 1
-        )
-        batch = torch.from_numpy(tokens[at].astype(np.int64))
+        starts = places.integers(len(tokens) - sizes.n_positions, size=(batch_size, 1))
+        rows = tokens[starts + np.arange(sizes.n_positions + 1)]
+        batch = torch.from_numpy(rows.astype(np.int64))
         x = gpt.embed(batch[:, :-1])
         for block in gpt.h[: sizes.n_layer if step > 0.4 * steps else sizes.n_layer // 2]:
             x = block(x)
@@ -222,13 +232,45 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
     return gpt.requires_grad_(False), val
 
 
+@torch.no_grad()
+def to_unit_stream(gpt, tokens):
+    """Scale the residual stream so that its RMS is 1 where it enters the middle block.
+
+    Muon without weight decay lets the stream grow to any size, and an SAE's learning rate is made for
+    activations near 1. What the model computes stays the same: every LayerNorm divides the scale
+    out again (its epsilon is scaled with it), and ln_f makes up for the unembedding, which is wte.
+    """
+    n = gpt.config.n_positions
+    x = gpt.embed(torch.from_numpy(tokens[: 64 * n].astype(np.int64)).view(-1, n))
+    for block in gpt.h[: len(gpt.h) // 2]:
+        x = block(x)
+    scale = 1 / x.pow(2).mean().sqrt()
+    for name, parameter in gpt.named_parameters():
+        if name.startswith(("wte", "wpe")) or ".c_proj." in name:
+            parameter *= scale
+        if name.startswith("ln_f"):
+            parameter /= scale
+    gpt.config.layer_norm_epsilon *= float(scale**2)
+    for module in gpt.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = gpt.config.layer_norm_epsilon
+
+
 def save_model(gpt, folder):
     """Write config.json and model.safetensors as openai-community/gpt2 has them, in float16."""
-    tensors = {name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
-               for name, p in gpt.named_parameters()}
+    tensors = {
+        name: (p.T if ".c_" in name and name.endswith("weight") else p).half()
+        for name, p in gpt.named_parameters()
+    }
     end = gpt.config.vocab_size - 1  # end-of-text
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **vars(gpt.config),
-              "activation_function": "gelu_new", "bos_token_id": end, "eos_token_id": end}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **vars(gpt.config),
+        "activation_function": "gelu_new",
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", config)
 
@@ -242,7 +284,9 @@ def make(folder, steps):
     train, val = load_tokens(tokenizer, "train"), load_tokens(tokenizer, "val")
     print(f"{len(train):,} tokens to train on, {len(val):,} to validate")
     save = functools.partial(save_model, folder=folder)
-    _, loss = train_model(train, val, SIZES, steps, BATCH_SIZE, keep=save)
+    gpt, loss = train_model(train, val, SIZES, steps, BATCH_SIZE, keep=save)
+    to_unit_stream(gpt, train)
+    save(gpt)
     bits = loss / math.log(2) * len(val) / sum(map(len, read_files("val").values()))
     print(f"validation loss {loss:.3f} nats per token, {bits:.3f} bits per character")
 
