@@ -59,7 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt2
-from gpt2 import GPT, GPTConfig, Progress, UserError, duration
+from gpt2 import GPT, GPTConfig, Parser, Progress, UserError, duration
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -1025,17 +1025,9 @@ def benchmark(config):
 # ------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but its errors take one line."""
-
-    def error(self, message):
-        """End with exit code 2."""
-        raise UserError(f"{message}; see --help")
-
-
 def make_parser():
     """The command line: a flag for each field of Config, and what else can be done than train."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         help = f.metadata["help"] + ("" if f.default is None else f" (default {f.default})")

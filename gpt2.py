@@ -20,6 +20,7 @@ over d_model. All that reads it reads it through a LayerNorm, which takes the me
 TransformerLens does the same, so activations here equal its `blocks.{layer}.hook_resid_pre`.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -62,6 +63,17 @@ class UserError(ValueError):
     """What a user can cause and mend. The message is one line: the value, the rule, the remedy."""
 
     exit_code = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error of the command line is a UserError, and flags are spelt out."""
+
+    def __init__(self, description):
+        super().__init__(description=description.split("\n")[0], allow_abbrev=False)
+
+    def error(self, message):
+        """What argparse calls for any error."""
+        raise UserError(f"{message}; see --help")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -230,7 +242,7 @@ def download(url, path, sha256=None):
                     size = part.stat().st_size if part.exists() else 0
                     tries, most = (1, size) if size > most else (tries + 1, most)
                     no_network = isinstance(error, requests.ConnectionError) and size == 0
-                    if tries == 5 or no_network and time.time() - start > 8:
+                    if tries == 5 or no_network and time.time() - start > 5:
                         give_up(in_words(error))
                     print(f"{path.name}: {in_words(error)}; trying again", file=sys.stderr)
                     time.sleep(2 ** (tries - 1))

@@ -1579,3 +1579,21 @@ def test_fuzz(tmp_path):
             except Exception as error:
                 seen[f"{type(error).__name__}: {error}"[:90]] += 1
     assert seen.keys() == {"fine", "refused"} and seen["refused"] > 2000, seen
+
+
+@pytest.mark.parametrize("module, arguments, words", [
+    (stdlib, ["--steps", "0"], "--steps is 0, must be at least 1"),
+    (stdlib, ["--step", "5"], "unrecognized arguments: --step 5"),
+    (openwebtext, ["--subsets", "22"], "invalid choice: 22"),
+])  # fmt: skip
+def test_bad_input_of_the_recipes(monkeypatch, capsys, module, arguments, words):
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    only_line(capsys.readouterr().err, words)
+
+
+def test_python_without_its_source(tmp_path):
+    with pytest.raises(UserError, match="holds 0 source files"):
+        stdlib.read_files("train", tmp_path)

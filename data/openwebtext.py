@@ -9,7 +9,6 @@ token ids as uint16, documents joined by end-of-text, the last of them in val.bi
 this by itself when it first needs the text.
 """
 
-import argparse
 import lzma
 import os
 import re
@@ -21,7 +20,7 @@ from itertools import chain, islice
 import numpy as np
 
 import gpt2
-from gpt2 import Progress, UserError
+from gpt2 import Parser, Progress, UserError
 
 REPO = "datasets/Skylion007/openwebtext", "39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
 SHA256 = [  # of the subsets that are known beforehand
@@ -164,7 +163,7 @@ def load_tokens(split):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     help = f"how many of the {SUBSETS} subsets (default 1); train.bin, if it is there, stays"
     numbers = range(1, SUBSETS + 1)
     parser.add_argument("--subsets", type=int, default=1, choices=numbers, metavar="N", help=help)
@@ -173,7 +172,8 @@ def main():
         for split in "train", "val":
             print(f"{folder() / split}.bin: {len(load_tokens(split)):,} tokens")
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ its tests and its tables. It is split into train and val by a hash of each file'
 file stays on its side in every version of Python.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -28,6 +27,7 @@ from gpt2 import (
     END_OF_TEXT,
     GPT,
     GPTConfig,
+    Parser,
     Progress,
     UserError,
     load_tokenizer,
@@ -293,16 +293,17 @@ def make(folder, steps):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--folder", type=Path, default=DATA / "stdlib", help="where the files go")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps ({STEPS})")
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         if args.steps < 1:
             raise UserError(f"--steps is {args.steps}, must be at least 1: change it")
         make(args.folder, args.steps)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
