@@ -3,9 +3,11 @@ r"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one fil
 Braun, Taylor, Goldowsky-Dill, Sharkey: "Identifying Functionally Important Features with
 End-to-End Sparse Dictionary Learning", NeurIPS 2024, arXiv 2405.12241.
 
-A sparse autoencoder (SAE) rewrites an activation x as a sum of few elements of a large dictionary:
+At each token GPT-2 keeps a vector, the residual stream: every block reads it and adds to it. Let x
+be that vector where it enters one block. A sparse autoencoder (SAE) rewrites x as a sum of few
+elements of a large dictionary; how strongly each of them takes part is a feature:
 
-    features = relu(W_e x + b_e)               which elements are active, and how strongly
+    features = relu(W_e x + b_e)               one per dictionary element, most of them zero
     x_hat    = sum_i features_i d_i + b_d      the d_i are the dictionary elements, unit vectors
 
 Usually it is trained to rebuild x. But the largest parts of x need not be those that the model
@@ -21,12 +23,13 @@ stays the same. The model runs twice and is frozen; only the SAE learns.
 
     --loss local     mse + λ sparsity                      rebuild x: the usual SAE
     --loss e2e       kl + λ sparsity                       keep the output
-    --loss e2e_ds    kl/2 + β downstream + λ sparsity      keep the output, by the same road
+    --loss e2e_ds    kl/2 + β downstream + λ sparsity      keep the later layers as well
 
-`kl` says how far the two next-token distributions differ; `downstream` how far the residual streams
-of the later layers do (e2e alone may reach the same output through other computations); `sparsity`
-is the features' L1 norm, which keeps most of them at zero. What comes of it: for the same loss of
-output, e2e needs fewer features than local, both at once and in all.
+`mse` is the mean squared error of x_hat; `kl` how far the two next-token distributions differ;
+`downstream` the mean squared error of the residual stream in the later layers (e2e alone may reach
+the same output through other computations); `sparsity` the features' L1 norm, which holds most of
+them at zero. What comes of it: for the same harm to the output, e2e needs fewer features active at
+a token (L0), and fewer dictionary elements that are ever active (alive), than local.
 
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      two minutes on two CPU cores
@@ -67,7 +70,7 @@ from gpt2 import GPT, GPTConfig, Parser, Progress, UserError, duration
 
 PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}
 STDLIB_SPARSITY = {"local": 0.6, "e2e": 2.0, "e2e_ds": 3.0}
-# What a setting is for GPT-2, as in the paper, and for other models: sized for stdlib on two cores
+# Setting: (OpenAI's models, as in the paper; any other model, sized for stdlib on two CPU cores)
 DEFAULTS = {
     "layer": (6, 3),
     "sparsity": (PAPER_SPARSITY, STDLIB_SPARSITY),
@@ -98,13 +101,13 @@ class Config:
     layer: int = setting(None, "the SAE sits on the residual stream entering this block", 0)
     loss: str = setting("e2e", "local, e2e or e2e_ds")
     sparsity: float = setting(None, "λ, the weight of the features' L1 norm", 0)
-    downstream: float = setting(2.5, "β, weight of later layers in e2e_ds (paper: 0.05 at 10)", 0)
+    downstream: float = setting(None, "β, weight of later layers (2.5; GPT-2's layer 10: 0.05)", 0)
     n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1, 10**7)
     n_sequences: int = setting(None, "sequences to train on, in all", 1)
     context: int = setting(None, "tokens in a sequence", 2)
     batch_size: int = setting(None, "sequences in an optimizer step", 1)
     lr: float = setting(None, "Adam's learning rate; it falls to a tenth along a cosine", 0)
-    warmup: int = setting(None, "sequences while it rises from zero (a twentieth of all)", 0)
+    warmup: int = setting(None, "sequences over which lr rises from zero (a twentieth of all)", 0)
     clip: float = setting(10.0, "the longest gradient: a longer one is scaled down", 0)
     n_eval: int = setting(500, "held-out sequences to evaluate on", 1)
     seed: int = setting(0, "of the SAE's first weights and of the order of the text", 0)
@@ -119,15 +122,17 @@ class Config:
     def __post_init__(self):
         self.check("model", type(self.model) is str, "a name or a folder")
         self.check("loss", self.loss in ("local", "e2e", "e2e_ds"), "local, e2e or e2e_ds")
-        usual = {f.name: f.default for f in fields(self)}
-        for name, column in DEFAULTS.items():
-            value = column[self.model not in gpt2.OPENAI]
+        usual = {f.name: f.default for f in fields(self)}  # what is not given becomes
+        for name, (openai, other) in DEFAULTS.items():
+            value = openai if self.model in gpt2.OPENAI else other
             usual[name] = value[self.loss] if isinstance(value, dict) else value
         usual["n_features"] = None  # known when d_model is: see `fit`
+        usual["downstream"] = 0.05 if self.model in gpt2.OPENAI and self.layer == 10 else 2.5
         cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
         usual["device"] = "cuda" if cuda else "mps" if mps else "cpu"
-        usual["compile"] = cuda and self.device in (None, "cuda")
-        half = usual["compile"] and torch.cuda.is_bf16_supported()
+        on_cuda = cuda and self.device in (None, "cuda")
+        usual["compile"] = on_cuda
+        half = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         usual["dtype"] = "bfloat16" if half else "float32"
         batch = usual["batch_size"] if self.batch_size is None else self.batch_size
         usual["micro_batch"] = batch
@@ -217,6 +222,8 @@ def read_torch(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # nothing is wrong with the file
+        raise
     except Exception:  # what torch raises depends on where a file is damaged
         return None
     return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
@@ -305,7 +312,7 @@ class SAE(nn.Module):
                 raise UserError(f"{name}: {what}; give the folder of a finished run, a .pt file of "
                                 "the paper's library, or a name as apollo:e2e_similar_ce_layer_6")
 
-        def take(tensors, keys):  # as nn.Linear has them, and sure to belong together
+        def take(tensors, keys):  # -> W_enc (n, d), b_enc (n,), W_dec (d, n), b_dec (d,), checked
             found = [tensors.get(key) for key in keys]
             floats = all(torch.is_tensor(t) and t.is_floating_point() for t in found)
             sound = floats and all(t.isfinite().all() for t in found)
@@ -339,8 +346,8 @@ class SAE(nn.Module):
             norms = W_dec.norm(dim=0)
             norms = torch.where((norms - 1).abs() < 1e-5, 1, norms)  # `save`'s stay as they are
             W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
-            made_for = {"model": about.get("model_name"), "context": about.get("context_size")}
-            made_for["layer"] = int(place[1])
+            model = "gpt2" if about.get("model_name") == "gpt2-small" else about.get("model_name")
+            context, layer = about.get("context_size"), int(place[1])
         else:
             check(path.exists(), "there is no such file or folder")
             tensors = read_torch(path) or {}
@@ -353,12 +360,12 @@ class SAE(nn.Module):
             parts = "encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"
             keys = [f"blocks-{layer}-hook_resid_pre.{part}" for part in parts]
             W_enc, b_enc, W_dec, b_dec = take(tensors, keys)
-            made_for = {"model": "gpt2", "context": 1024, "layer": layer}
+            model, context = "gpt2", 1024
         with torch.device("meta"):  # the usual first weights would only be thrown away
             sae = cls(W_enc.shape[1], W_enc.shape[0])
         weights = [t.contiguous().clone() for t in (W_enc, b_enc, W_dec, b_dec)]
         sae.load_state_dict(dict(zip(sae.state_dict(), weights)), assign=True)
-        sae.made_for = made_for
+        sae.made_for = {"model": model, "layer": layer, "context": context}
         return sae
 
 
@@ -375,7 +382,7 @@ def mse_loss(x_hat, x):
 def sparsity_loss(features, d_model):
     """Mean over tokens of the L1 norm of features (batch, pos, n_features), divided by d_model."""
     dtype = torch.promote_types(features.dtype, torch.float32)  # bfloat16 is too coarse for sums
-    return features.sum(-1, dtype=dtype).mean() / d_model  # features are never negative
+    return features.sum(-1, dtype=dtype).mean() / d_model  # as mse is a mean over d_model
 
 
 def downstream_loss(spliced, clean):
@@ -388,44 +395,47 @@ def downstream_loss(spliced, clean):
 
 
 class KLLoss(torch.autograd.Function):
-    """Mean over positions of KL(clean || spliced), without the logits in memory.
+    """Mean over positions of KL(clean || spliced), with never all the logits in memory.
 
-    For one position let p and q be the softmax of the clean logits y and the spliced logits z. Then
+    For one position let p be the softmax of the clean logits y, q that of the spliced logits y_hat:
 
-        KL = sum_v p_v (log p_v - log q_v),    log q_v = z_v - log sum_w exp z_w,
+        KL = sum_v p_v (log p_v - log q_v),    log q_v = y_hat_v - log sum_w exp y_hat_w,
 
-    and since sum_v p_v = 1,  d KL / d z_v = -p_v + q_v.  The unembedding z = W h is frozen, so
-    d KL / d h = W^T (q - p): the gradient is at hand as soon as p and q are. So `forward` takes a
-    chunk of positions at a time, adds up KL, keeps the gradient (pos, d_model), and forgets the
-    logits (pos, vocab), of which GPT-2 has 50,257 a position.
+    and since sum_v p_v = 1,  d KL / d y_hat_v = q_v - p_v.  The unembedding y_hat = W h, of what
+    ln_f makes of the spliced stream, is frozen, so d KL / d h = W^T (q - p): the gradient is at
+    hand as soon as p and q are. So `forward` takes a chunk of positions at a time, adds up KL,
+    keeps the gradient (pos, d_model), and forgets the logits (pos, vocab: GPT-2 has 50,257).
     """
 
     @staticmethod
-    def forward(ctx, spliced, clean, unembedding, chunk=None):
+    def forward(ctx, h_spliced, h_clean, unembedding, chunk=None):
         """KL between the next-token distributions of two runs.
 
         Args:
-            spliced, clean: what the unembedding is applied to, (pos, d_model) each.
+            h_spliced, h_clean: what the unembedding is applied to, (pos, d_model) each.
             unembedding: (vocab, d_model), frozen.
-            chunk: positions at a time; if None, 32 MB of float32 logits, on a GPU 256 MB.
+            chunk: positions at a time; if None, so many that their logits take 32 MB in float32,
+                on a GPU 256 MB. Four times that is in use.
 
         Returns:
-            the mean KL in nats; its gradient reaches `spliced` alone.
+            the mean KL in nats; its gradient reaches `h_spliced` alone.
         """
-        kl, gradient = 0.0, torch.empty_like(spliced)
-        chunk = chunk or max(1, (2**26 if spliced.is_cuda else 2**23) // len(unembedding))
-        for s, c, g in zip(spliced.split(chunk), clean.split(chunk), gradient.split(chunk)):
-            log_p = F.log_softmax(F.linear(c, unembedding), -1)  # (chunk, vocab)
-            log_q = F.log_softmax(F.linear(s, unembedding), -1)
+        kl, gradient = 0.0, torch.empty_like(h_spliced)
+        chunk = chunk or max(1, (2**26 if h_spliced.is_cuda else 2**23) // len(unembedding))
+        for s, c, g in zip(h_spliced.split(chunk), h_clean.split(chunk), gradient.split(chunk)):
+            y = F.linear(c, unembedding)  # (chunk, vocab)
+            y = y.to(torch.promote_types(y.dtype, torch.float32))
+            y_hat = y + F.linear(s - c, unembedding)  # so bfloat16 rounds both runs' logits alike
+            log_p, log_q = F.log_softmax(y, -1), F.log_softmax(y_hat, -1)
             p = log_p.exp()
-            kl = kl + log_p.sub_(log_q).mul_(p).sum()
-            g.copy_(log_q.exp_().sub_(p) @ unembedding)
-        ctx.save_for_backward(gradient.div_(len(spliced)))
-        return kl / len(spliced)
+            kl = kl + log_p.sub_(log_q).mul_(p).sum()  # in place: from here on log_p is not log p
+            g.copy_(log_q.exp_().sub_(p) @ unembedding)  # nor log_q log q, but q - p
+        ctx.save_for_backward(gradient.div_(len(h_spliced)))
+        return kl / len(h_spliced)
 
     @staticmethod
     def backward(ctx, grad_kl):
-        """d KL / d spliced, times what comes from above."""
+        """d KL / d h_spliced, times what comes from above."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad_kl, None, None, None
 
@@ -465,7 +475,7 @@ def compute_loss(gpt, sae, tokens, config):
     with torch.no_grad():
         x = run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
-    x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
+    x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model); bfloat16 under autocast
     terms = {"l0": (features > 0).sum(-1).float().mean()}
     terms["sparsity"] = sparsity_loss(features, x.shape[-1])
     penalty = config.sparsity * terms["sparsity"]
@@ -693,6 +703,10 @@ def join_ranks(config):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device(config.device, local_rank if config.device == "cuda" else None)
+    if device.type == "cuda":
+        n = torch.cuda.device_count()
+        config.check("device", local_rank < n, f"a GPU for each process, there are {n}")
+        torch.cuda.set_device(device)
     if world == 1:
         return 0, 1, device
     share, rest = divmod(config.batch_size, world)
@@ -745,7 +759,7 @@ def load_checkpoint(path, sae, optimizer, config):
         sae.load_state_dict(saved["sae"])
         optimizer.load_state_dict(saved["adam"])
         return int(saved["step"])
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception:  # what torch raises depends on what is missing
         raise UserError(f"{path} is damaged: {remedy}") from None
@@ -786,7 +800,7 @@ def noted_signals(rank):
 
 
 @contextmanager
-def worded_failures(out, world):
+def worded_failures(out):
     """Within, what can befall a run becomes a RunFailed that says how to go on."""
     try:
         yield
@@ -797,9 +811,9 @@ def worded_failures(out, world):
         raise RunFailed(f"the GPU's memory is full: {remedy}") from None
     except (OSError, UserError) as error:
         raise RunFailed(f"the run stopped: {error}; then go on with --resume {out}") from None
-    except RuntimeError as error:  # of the connection, once another process is gone
-        if world == 1:
-            raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise  # not what another process's end brings about
         reason = str(error).splitlines()[0][:100]
         raise RunFailed(f"the run stopped, for another of its processes did ({reason}); "
                         f"go on with --resume {out}") from None
@@ -836,7 +850,8 @@ def train(config, resume=False):
     loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     n_steps, share = config.n_sequences // config.batch_size, config.batch_size // world
-    failed, n_good = torch.zeros((), device=device), torch.zeros((), device=device)
+    failed = torch.zeros((), device=device)  # 1 from the first step on that is not finite
+    n_good = torch.zeros((), device=device)  # how many steps there were before that
 
     out = Path(config.out)
     path = out / "checkpoint.pt"
@@ -848,7 +863,7 @@ def train(config, resume=False):
         resumed = resume and path.exists()
         step = began = load_checkpoint(path, sae, optimizer, config) if resumed else 0
         log = stack.enter_context(open_log(out / "log.jsonl", step)) if rank == 0 else None
-        stack.enter_context(worded_failures(out, world))
+        stack.enter_context(worded_failures(out))
         if rank == 0:
             on = f"{device.type} x {world}, {config.dtype}" + ", compiled" * config.compile
             print(f"{config.loss} SAE, {config.n_features:,} elements, on the residual stream "
@@ -874,7 +889,7 @@ def train(config, resume=False):
                 # not, the GPU itself holds the optimizer still, and the host looks now and then.
                 failed = torch.maximum(failed, (~torch.isfinite(norm + sums[0])).float())
                 n_good = n_good + 1 - failed
-                optimizer.found_inf = failed
+                optimizer.found_inf = failed  # where this is 1, fused Adam leaves all as it is
                 step += 1
                 lr = learning_rate(config, step * config.batch_size)
                 optimizer.param_groups[0]["lr"] = lr
@@ -884,7 +899,7 @@ def train(config, resume=False):
                 # What is left of the loop keeps the books
                 now, stop = time.time(), bool(signals)
                 log_due = step % config.log_steps == 0 or step in (1, n_steps)
-                timely = now - saved_at >= 60 * config.checkpoint_minutes
+                timely = rank == 0 and now - saved_at >= 60 * config.checkpoint_minutes
                 save_due = timely or stop or step == n_steps
                 if not log_due and not save_due:
                     continue
@@ -924,6 +939,8 @@ def train(config, resume=False):
         result = evaluate(gpt, sae, held_out, config.layer)
         if rank == 0:
             gpt2.write_json(out / "eval.json", result)
+    if world > 1:
+        dist.destroy_process_group()
     return sae
 
 
@@ -965,7 +982,7 @@ def benchmark(config):
         gpt = GPT.from_pretrained(config.model)
     config.fit(gpt)
     gpt.to(device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     def seconds(work):  # of one call: the mean of at least three, and of three seconds of them
@@ -984,17 +1001,14 @@ def benchmark(config):
     print(f"{'loss':8}{'tokens/s':>10}{'MFLOP/token':>13}{'GFLOP/s':>10}{'product':>10}{'share':>7}"
           f"{'peak GB':>9}   {config.n_sequences:,} sequences")
     for loss in ("local", "e2e", "e2e_ds"):
-        one = replace(config, loss=loss)
+        one = replace(config, loss=loss).fit(gpt)
         torch.manual_seed(config.seed)
         sae = SAE(gpt.config.n_embd, config.n_features).to(device)
         shape = config.micro_batch, config.context
         tokens = torch.randint(gpt.config.vocab_size, shape, device=device)
         loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
-        square = torch.randn(2, *[8192 if device.type == "cuda" else 2048] * 2, device=device)
-
-        def product(a=square[0], b=square[1]):
-            with autocast:
-                return a @ b
+        n = 8192 if device.type == "cuda" else 2048
+        square = torch.randn(2, n, n, device=device, dtype=getattr(torch, config.dtype))
 
         def step(sae=sae, loss_of=loss_of, tokens=tokens, one=one):
             sae.zero_grad()
@@ -1004,7 +1018,7 @@ def benchmark(config):
 
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        rate = 2 * square.shape[1] ** 3 / seconds(product)
+        rate = 2 * n**3 / seconds(lambda: square[0] @ square[1])
         speed = tokens.numel() / seconds(step)
         flops = flops_per_token(gpt.config, config.n_features, one)
         if device.type == "cuda":
@@ -1042,6 +1056,7 @@ def make_parser():
 
 def evaluate_all(names, flags):
     """Print what SAEs cost, each on the model, layer and context that it was made for."""
+    torch.set_float32_matmul_precision("high")  # as in `train`
     results, models = {}, {}
     for name in names:
         sae = SAE.load(name, flags.get("layer"))
@@ -1092,6 +1107,9 @@ def main(arguments=None):
     except (UserError, OSError) as error:  # OSError: a path that the system does not take
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: give a smaller --micro-batch", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -236,9 +236,9 @@ def train_model(tokens, val_tokens, sizes, steps, batch_size, seed=0, keep=lambd
 def to_unit_stream(gpt, tokens):
     """Scale the residual stream so that its RMS is 1 where it enters the middle block.
 
-    Muon without weight decay lets the stream grow to any size, and an SAE's learning rate is made for
-    activations near 1. What the model computes stays the same: every LayerNorm divides the scale
-    out again (its epsilon is scaled with it), and ln_f makes up for the unembedding, which is wte.
+    Muon without weight decay lets the stream grow to any size, and an SAE's learning rate is made
+    for activations near 1. What the model computes stays the same: every LayerNorm divides the
+    scale out again (its epsilon is scaled too), and ln_f makes up for the unembedding, which is wte.
     """
     n = gpt.config.n_positions
     x = gpt.embed(torch.from_numpy(tokens[: 64 * n].astype(np.int64)).view(-1, n))
