@@ -218,14 +218,14 @@ class Config:
 
 def read_torch(path):
     """The dict that torch.save wrote to a file, None if it is anything else. Runs no code in it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # nothing is wrong with the file
-        raise
-    except Exception:  # what torch raises depends on where a file is damaged
-        return None
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            value = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception:  # what torch raises depends on where a file is damaged
+            return None
     return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
 
 
@@ -795,8 +795,8 @@ def noted_signals(rank):
     try:
         yield came
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # the first ends the process: no second disturbs it
+            signal.signal(number, signal.SIG_IGN if came else handler)
 
 
 @contextmanager

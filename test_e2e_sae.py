@@ -585,7 +585,8 @@ def stage(tmp_path_factory):
 @pytest.fixture
 def here(stage, tmp_path, monkeypatch):
     """A copy of `stage`, as the current folder."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     torch.set_num_threads(1)
     monkeypatch.setattr(stdlib, "load_tokens", some_text)
     if not (stage / "whole").exists():
@@ -600,7 +601,8 @@ def here(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def logged(folder, *left_out):
@@ -817,7 +819,7 @@ def test_not_finite(here, monkeypatch, capsys, what, flags, checkpoint):
 def test_too_high_a_learning_rate(here, capsys):
     assert e2e_sae.main([*RUN, "--lr", "1e30", "--loss", "local", "--out", "out"]) == 1
     lines = logged("out")
-    only_line(capsys.readouterr().err, f"step {len(lines) + 1}:", "than 1e+30")
+    only_line(capsys.readouterr().err, f"step {len(lines) + 1}:", "below 1e+30")
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
