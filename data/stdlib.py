@@ -138,7 +138,7 @@ def write_tokenizer(merges, folder):
     write_atomic(folder / "merges.txt", lambda file: file.write("\n".join(lines).encode() + b"\n"))
 
 
-# The model and its training: about an hour and a half on two CPU cores
+# The model and its training: about two hours on two CPU cores
 SIZES = GPTConfig(n_layer=6, n_head=4, n_embd=128, n_positions=128, vocab_size=VOCAB_SIZE)
 STEPS, BATCH_SIZE = 6144, 32  # 25.2 million tokens, seven and a half times through the text
 LR_MATRICES, LR_REST = 0.02, 2e-3
