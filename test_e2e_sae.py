@@ -34,6 +34,7 @@ import safetensors.numpy
 import safetensors.torch
 import tiktoken
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 import transformers
 from safetensors.numpy import load, save
@@ -42,7 +43,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 import e2e_sae
 import gpt2
 from data import openwebtext, stdlib
-from e2e_sae import SAE, Config, KLLoss, compute_loss, evaluate, sequences
+from e2e_sae import SAE, ActiveOnly, Config, KLLoss, compute_loss, evaluate, sequences
 from gpt2 import GPT, GPTConfig, UserError
 
 HERE = Path(__file__).resolve().parent
@@ -333,6 +334,34 @@ def test_kl_equals_pytorchs(chunk, compiled):
         assert torch.autograd.gradcheck(lambda s: KLLoss.apply(s, clean, unembedding, chunk), spliced)  # finite differences
 
 
+@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds"])
+def test_active_features_alone_give_the_same(tiny, monkeypatch, loss):
+    """Loss, terms and gradients in float64, with tokens where nothing fires and elements that never do."""
+    config, gpt = config_of(tiny, loss=loss, sparsity=0.3), GPT.from_pretrained(tiny).double()
+    torch.manual_seed(0)
+    sae, tokens = SAE(16, 400).double(), torch.randint(0, 1024, (4, 32))
+    x = e2e_sae.run_blocks(gpt, gpt.embed(tokens), 0, 1)[-1].flatten(0, 1)
+    pre = sae.encoder(x)
+    assert not ActiveOnly.usable(sae.encode(x), x)  # half of them fire at first
+    sae.encoder.bias.data -= pre.quantile(0.98)
+    sae.encoder.bias.data[:40] -= 100
+    sae.encoder.bias.data[40:] -= 0.01 * torch.arange(360)
+    fired = sae.encode(x) > 0
+    assert ActiveOnly.usable(sae.encode(x), x) and not fired.any(0)[:40].any()
+    assert not fired.any(1).all() and fired.any(1).any()
+    results = []
+    for use in True, False:
+        calls = []
+        monkeypatch.setattr(ActiveOnly, "usable", staticmethod(lambda features, x: calls.append(use) or use))
+        sae.zero_grad()
+        value, terms = compute_loss(gpt, sae, tokens, config)
+        value.backward()
+        results.append([value.detach(), *(t.detach() for t in terms.values()), *(p.grad.clone() for p in sae.parameters())])
+        assert calls == [use]
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).abs().max() < 1e-12 * max(1, plain.abs().max())
+
+
 def test_sae_as_defined():
     torch.manual_seed(0)
     sae = SAE(8, 24)
@@ -514,7 +543,7 @@ def test_compiled_loss_equals_eager(tiny, loss):
 
 
 def test_two_processes_equal_one(tiny, tmp_path):
-    """torchrun with two gloo processes: the losses of one process, and when one dies the other ends."""
+    """torchrun with two gloo processes: the losses of one process."""
     flags = ["--model", str(tiny), "--layer", "1", "--context", "32", "--n-sequences", "320", "--n-features", "40",
              "--n-eval", "21", "--batch-size", "16", "--log-steps", "1", "--device", "cpu"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -526,6 +555,31 @@ def test_two_processes_equal_one(tiny, tmp_path):
         assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k])) for k in a)
     one, other = (json.loads((tmp_path / run / "eval.json").read_text()) for run in ("one", "two"))
     assert abs(one["ce_increase"] - other["ce_increase"]) < 1e-4 and one["tokens"] == other["tokens"]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_processes_is_killed(tiny, tmp_path, victim):
+    """The other ends with an error, without help from torchrun, which would end it anyway."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model", str(tiny), "--layer", "1", "--context", "32", "--n-features", "40", "--batch-size", "2",
+             "--n-sequences", "1000000", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [subprocess.Popen([sys.executable, HERE / "e2e_sae.py", *flags], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]  # fmt: skip
+    try:
+        assert any(line.startswith("step 1/") for line in ranks[0].stdout)
+        ranks[victim].kill()
+        other = ranks[1 - victim]
+        _, error = other.communicate(timeout=60)
+        assert other.returncode == 1
+        assert "error: the run stopped, for another of its processes did" in error and "--resume" in error, error
+        assert not (tmp_path / "run" / "eval.json").exists()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 # ------------------------------------------------------------------------------------------------
