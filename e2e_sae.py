@@ -396,19 +396,20 @@ class ActiveOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, dictionary, features):
-        """From tokens x (n, d_model), the parameters, and features = relu(W_enc x + b_enc).
+        """From x (batch, pos, d_model), the parameters, and features = relu(W_enc x + b_enc).
 
         Returns:
-            (x_hat without b_d (n, d_model), the active features, 1-D); both can be differentiated.
+            (x_hat (batch, pos, d_model) without b_d, the active features, 1-D), both with gradient.
         """
-        active = features.to_sparse_csr()  # row by row, the columns that are not zero, the values
+        active = features.flatten(0, 1).to_sparse_csr()  # for each token which are not 0, and these
         ctx.save_for_backward(x, dictionary, active)
-        return active @ dictionary, active.values().clone()
+        return (active @ dictionary).view_as(x), active.values().clone()
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_values):
         """Gradients of encoder, its bias and dictionary; none of x."""
         x, dictionary, active = ctx.saved_tensors
+        x, grad_x_hat = x.flatten(0, 1), grad_x_hat.flatten(0, 1)  # (token, d_model)
         n_tokens, n_features = active.shape
         back = torch.sparse.sampled_addmm(active, grad_x_hat, dictionary.T, beta=0).values()
         grad_pre = back + grad_values  # of W_enc x + b_enc, where a feature is active
@@ -484,6 +485,7 @@ class KLLoss(torch.autograd.Function):
             y = y.to(torch.promote_types(y.dtype, torch.float32))
             y_hat = y + unembedding @ (s - c).T  # so bfloat16 rounds both runs' logits alike
             log_p, log_q = F.log_softmax(y, 0), F.log_softmax(y_hat, 0)
+            del y, y_hat
             p = log_p.exp()
             kl = kl + log_p.sub_(log_q).mul_(p).sum()  # in place: from here on log_p is not log p
             g.copy_(log_q.exp_().sub_(p).T @ unembedding)  # nor log_q log q, but q - p
@@ -534,14 +536,15 @@ def compute_loss(gpt, sae, tokens, config):
     features = sae.encode(x)  # (batch, pos, n_features)
     terms = {"l0": features.count_nonzero() / tokens.numel()}
     if ActiveOnly.usable(features, x):  # the same, sooner
-        flat = x.flatten(0, 1), *sae.encoder.parameters(), sae.dictionary, features.flatten(0, 1)
-        x_hat, active = ActiveOnly.apply(*flat)
+        parameters = *sae.encoder.parameters(), sae.dictionary
+        x_hat, active = ActiveOnly.apply(x, *parameters, features.detach())
         terms["sparsity"] = active.sum() / x.numel()
-        x_hat = x_hat.view_as(x) + sae.decoder.bias
+        x_hat = x_hat + sae.decoder.bias
     else:
         terms["sparsity"] = sparsity_loss(features, x.shape[-1])
         x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model); bfloat16 under autocast
     penalty = config.sparsity * terms["sparsity"]
+    del features  # the largest tensor of all: not needed any more, unless for the backward pass
 
     if config.loss == "local":  # the rest of the model does not run at all
         terms["mse"] = mse_loss(x_hat, x)
