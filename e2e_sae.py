@@ -63,6 +63,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt2
+from data.stdlib import labelled_tokens
 from gpt2 import GPT, GPTConfig, Parser, Progress, UserError, duration
 
 # ------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ class ActiveOnly(torch.autograd.Function):
 
     @staticmethod
     def usable(features, x):
-        """Whether this can be used (uncompiled, by MKL on a CPU) and pays (one in twenty active)."""
+        """Whether it can be used (not compiled, MKL on a CPU) and pays (one in twenty active)."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or features.dtype != x.dtype:
             return False  # another dtype: autocast's
         few = features.count_nonzero() < features.numel() / 20
@@ -921,7 +922,7 @@ def train(config, resume=False):
     gpt = GPT.from_pretrained(config.model)
     config.fit(gpt)
     text = windows(gpt2.load_tokens(config.model, "train"), config.context)
-    held_out = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
+    val = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
     gpt.to(device)
     torch.manual_seed(config.seed)  # of the CPU's generator: the same first weights on every device
     sae = SAE(gpt.config.n_embd, config.n_features).to(device)
@@ -1015,7 +1016,7 @@ def train(config, resume=False):
             sae.save(out, config.model, config.layer, config.context)
         # What was written has unit rows in its decoder: evaluate the very numbers that `load` gives
         sae.decoder.weight.data = sae.dictionary.detach().T
-        result = evaluate(gpt, sae, held_out, config.layer)
+        result = evaluate(gpt, sae, val, config.layer)
         if rank == 0:
             gpt2.write_json(out / "eval.json", result)
     if world > 1:
@@ -1115,6 +1116,401 @@ def benchmark(config):
 
 
 # ------------------------------------------------------------------------------------------------
+# The method ends here. What follows looks at what came out of it: first, which tokens fire what
+# ------------------------------------------------------------------------------------------------
+
+
+def held_out(config):
+    """The held-out sequences to evaluate on, (n_eval, context)."""
+    return windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
+
+
+@torch.no_grad()
+def residuals(gpt, tokens, layer):
+    """The residual stream entering `layer` on tokens (sequence, pos), as (token, d_model)."""
+    rows = np.array_split(np.asarray(tokens), math.ceil(tokens.size / 8192))
+    device = gpt.wte.weight.device
+    runs = (run_blocks(gpt, gpt.embed(to_device(part, device)), 0, layer)[-1] for part in rows)
+    return torch.cat([x.flatten(0, 1) for x in runs])
+
+
+@torch.no_grad()
+def firings(encode, x):
+    """Which tokens make which features fire, and how strongly.
+
+    Args:
+        encode: x (token, d_model) -> features (token, n_features).
+
+    Returns:
+        (starts, token, value), numpy arrays: feature i fires at token[starts[i] : starts[i + 1]],
+        in the order of the text, with `value` there.
+    """
+    found = []
+    for first, part in zip(range(0, len(x), 4096), x.split(4096)):
+        features = encode(part)
+        token, feature = features.nonzero(as_tuple=True)
+        found.append((feature.cpu(), (token + first).cpu(), features[token, feature].cpu()))
+    feature, token, value = (torch.cat(parts) for parts in zip(*found))
+    order = feature.argsort(stable=True)
+    counts = feature.bincount(minlength=features.shape[1])
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    return starts.numpy(), token[order].numpy(), value[order].numpy()
+
+
+# ------------------------------------------------------------------------------------------------
+# --plot: the paper's Pareto curves
+# ------------------------------------------------------------------------------------------------
+
+
+def plot(folders, path):
+    """Draw CE increase against L0 and against alive elements, and MSE at each later layer.
+
+    Raises:
+        UserError: if a folder is no finished run, or matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = {}
+    for folder in map(Path, folders):
+        config = Config.load(folder / "config.json")
+        runs.setdefault(config.loss, []).append(gpt2.read_json(folder / "eval.json"))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    styles = {"local": "s : 0.45", "e2e": "o - black", "e2e_ds": "^ -- tab:blue"}
+    for loss, results in sorted(runs.items()):
+        marker, line, color = styles[loss].split()
+        style = {"marker": marker, "linestyle": line, "color": color, "label": loss}
+        for axis, key in (left, "l0"), (middle, "alive"):
+            points = sorted((result[key], result["ce_increase"]) for result in results)
+            axis.plot(*zip(*points), **style)
+        for result in results:
+            layers = range(config.layer, config.layer + len(result["mse_by_layer"]))
+            right.plot(layers, result["mse_by_layer"], **style)
+            style["label"] = None  # one line of the legend is enough
+    left.set(xlabel="L0: active features a token", ylabel="CE increase (nats)")
+    middle.set(xlabel="alive dictionary elements", ylabel="CE increase (nats)")
+    right.set(xlabel="residual stream entering layer", ylabel="MSE, spliced against clean")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    left.invert_xaxis()  # as in the paper: better is lower and further to the right
+    left.legend()
+    gpt2.write_atomic(Path(path), lambda file: figure.savefig(file, format="png", dpi=130))
+    print(f"{sum(map(len, runs.values()))} runs drawn in {path}")
+
+
+# ------------------------------------------------------------------------------------------------
+# --compare: the geometry of dictionaries
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def nearest(a, b, k=1, chunk=2048):
+    """The k highest cosine similarities of each unit row of a with the rows of b.
+
+    Args:
+        a, b: (n, d_model), (m, d_model); if they are one and the same tensor, no row counts as
+            similar to itself.
+        chunk: rows at a time of each: n times m numbers are never in memory.
+
+    Returns:
+        (similarities (n, k), rows of b (n, k)), the highest first.
+    """
+    best = []
+    for i, rows in zip(range(0, len(a), chunk), a.split(chunk)):
+        top = rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.long)
+        for j, others in zip(range(0, len(b), chunk), b.split(chunk)):
+            cosines = rows @ others.T
+            if a is b and i == j:
+                cosines.fill_diagonal_(-2)
+            values, index = cosines.topk(min(k, len(others)))
+            values, index = torch.cat([top[0], values], 1), torch.cat([top[1], index + j], 1)
+            values, order = values.topk(min(k, values.shape[1]))
+            top = values, index.gather(1, order)
+        best.append(top)
+    return tuple(torch.cat(parts) for parts in zip(*best))
+
+
+def compare(loaded):
+    """Print how similar the first SAE's elements are to one another and to each other SAE's.
+
+    Args:
+        loaded: {name: (SAE, its model, Config)}; elements that never fire on the held-out text are
+            left out.
+    """
+    alive = {}
+    for name, (sae, gpt, config) in loaded.items():
+        starts, _, _ = firings(sae.encode, residuals(gpt, held_out(config), config.layer))
+        alive[name] = sae.dictionary.detach()[np.diff(starts) > 0]
+    first, *_ = alive
+    print("the highest cosine similarity of each alive element of\n"
+          f"{first} ({len(alive[first]):,} elements)")
+    for name, dictionary in alive.items():
+        highest = nearest(alive[first], dictionary)[0].flatten().clamp(-1, 1)
+        whom = "another of its own elements" if name == first else f"an element of\n{name}"
+        five = highest.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()
+        print(f"\nwith {whom} ({len(dictionary):,} elements): mean {highest.mean():.3f}, quantiles "
+              "5% {:.3f}  25% {:.3f}  50% {:.3f}  75% {:.3f}  95% {:.3f}".format(*five))
+        shares = highest.clamp(min=0).histc(10, 0, 1) / len(highest)
+        for i, share in enumerate(shares.tolist()):
+            print(f"  {i / 10:.1f} to {(i + 1) / 10:.1f} {share:6.1%} {'#' * round(60 * share)}")
+
+
+# ------------------------------------------------------------------------------------------------
+# --concepts: is there a feature for what we know to be true of a token?
+# ------------------------------------------------------------------------------------------------
+
+
+def best_features(found, truth, half):
+    """For each concept the feature and threshold that predict it best, and how well they do.
+
+    Args:
+        found: what `firings` returns.
+        truth: (token, concept), bool.
+        half: tokens before this one choose feature and threshold, the others test them.
+
+    Returns:
+        (F1 on the other half, feature, threshold), an array (concept,) each. The prediction is
+        "the feature is at least the threshold"; F1 = 2 right / (predicted + true).
+    """
+    starts, token, value = found
+    n_true = truth[:half].sum(0)
+    best, feature, threshold = (np.zeros(truth.shape[1]) for _ in range(3))
+    for i in range(len(starts) - 1):
+        here = slice(starts[i], starts[i + 1])
+        t, v = token[here], value[here]
+        t, v = t[t < half], v[t < half]
+        if len(t) == 0:
+            continue
+        order = v.argsort()[::-1]  # strongest first: after k of them, the k-th is the threshold
+        v, right = v[order], truth[t[order]].cumsum(0, dtype=np.int32)
+        f1 = 2 * right / (np.arange(1, len(v) + 1)[:, None] + n_true)
+        f1[:-1][v[:-1] == v[1:]] = 0  # no threshold parts equals
+        k = f1.argmax(0)
+        top = f1[k, np.arange(len(k))]
+        feature[top > best], threshold[top > best] = i, v[k[top > best]]
+        best = np.maximum(best, top)
+    f1 = np.zeros(len(best))
+    for c, i in enumerate(feature.astype(int)):
+        here = slice(starts[i], starts[i + 1])
+        predicted = token[here][(value[here] >= threshold[c]) & (token[here] >= half)]
+        total = len(predicted) + truth[half:, c].sum()
+        f1[c] = 2 * truth[predicted, c].sum() / max(1, total) * (best[c] > 0)
+    return f1, feature.astype(int), threshold
+
+
+def concepts(loaded):
+    """Print how well single features tell what Python's tokenize and ast say of each token.
+
+    Beside the SAEs stand the coordinates of x (each as two features, above and below its mean), an
+    SAE with random weights whose L0 is the first SAE's, and the base rate: to say yes always.
+    """
+    columns, streams, texts = {}, {}, {}
+    for name, (sae, gpt, config) in loaded.items():
+        if config.model not in texts:
+            texts[config.model] = labelled_tokens(gpt2.load_tokenizer(config.model))
+        tokens, labels = texts[config.model]
+        rows = windows(tokens, config.context)
+        truth = np.stack(list(labels.values()), 1)[: rows.size]
+        stream = config.model, config.layer, config.context
+        if stream not in streams:
+            streams[stream] = residuals(gpt, rows, config.layer)
+        x = streams[stream]
+        columns[name] = best_features(firings(sae.encode, x), truth, rows.size // 2)[0]
+        if len(columns) == 1:
+            centred = x - x.mean(0)
+            found = firings(F.relu, torch.cat([centred, -centred], 1))
+            coordinates = best_features(found, truth, rows.size // 2)[0]
+            torch.manual_seed(0)
+            random = SAE(x.shape[1], sae.encoder.out_features).to(x.device)
+            share = float((sae.encode(x[:2048]) > 0).float().mean())
+            pre = random.encoder(x[:2048]).flatten()
+            random.encoder.bias.data -= pre.kthvalue(max(1, int(pre.numel() * (1 - share)))).values
+            floor = best_features(firings(random.encode, x), truth, rows.size // 2)[0]
+            rate, base = truth.mean(0), truth[rows.size // 2 :].mean(0)
+    columns |= {"best coordinate of x": coordinates, "random SAE": floor}
+    columns["always yes"] = 2 * base / (1 + base)
+    print(f"F1 of the best single feature for each concept; chosen on {rows.size // 2:,} tokens, "
+          f"tested on as many others")
+    for i, name in enumerate(columns, 1):
+        print(f"  {i:2}: {name}")
+    for title, chosen in ("rare, under 5% of the tokens", rate < 0.05), ("common", rate >= 0.05):
+        print(f"\n{title:<28}{'share':>7}" + "".join(f"{i:6}" for i in range(1, len(columns) + 1)))
+        for c in sorted(np.flatnonzero(chosen), key=lambda c: rate[c]):
+            cells = "".join(f"{f1[c]:6.2f}" for f1 in columns.values())
+            print(f"{list(labels)[c]:<28}{rate[c]:7.1%}{cells}")
+        print(f"{'mean':<35}" + "".join(f"{f1[chosen].mean():6.2f}" for f1 in columns.values()))
+
+
+# ------------------------------------------------------------------------------------------------
+# --features: a page to look at them
+# ------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Features</title>
+<link rel="icon" href="data:,"><style>
+body { font: 14px/1.4 sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em }
+table { border-collapse: collapse } td { padding: 0 1em 0 0 } h2 { font-size: 1.1em }
+section { border-top: 1px solid #999; padding: .3em 0 } small { color: #555 }
+pre { font: 12px/1.3 monospace; white-space: pre-wrap; background: #f6f6f6; margin: .3em 0;
+      padding: .3em } .peak { outline: 1px solid #000 }
+</style>
+<h1 id="title"></h1><table id="table"></table>
+<h2>How often features fire</h2><pre id="rates"></pre>
+<p><input id="filter" size="40" placeholder="a feature's number, or part of a token">
+<span id="count"></span></p><div id="list"></div><button id="more">more</button>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+"use strict";
+const get = id => document.getElementById(id);
+const data = JSON.parse(get("data").textContent);
+function add(parent, tag, text) {  // text stays text, whatever is in it
+  const node = parent.appendChild(document.createElement(tag));
+  node.textContent = text;
+  return node;
+}
+const token = i => data.vocab[data.text[i]];
+const quoted = text => JSON.stringify(text).slice(1, -1);
+get("title").textContent = data.name;
+for (const row of data.table) {
+  const line = get("table").insertRow();
+  for (const cell of row) add(line, "td", cell);
+}
+get("rates").textContent = data.rates.join("\\n");
+function show(f) {
+  const box = add(get("list"), "section", "");
+  add(box, "h2", "Feature " + f.id);
+  add(box, "small", `fires at ${(100 * f.rate).toPrecision(3)}% of the tokens, at most ${f.top}`);
+  const words = list => list.map(([id, by]) => `${quoted(data.vocab[id])} ${by}`).join("   ");
+  add(box, "div", "pushes up: " + words(f.up));
+  add(box, "div", "pushes down: " + words(f.down));
+  add(box, "div", "nearest: " + f.near.map(([id, cosine]) => `${id} (${cosine})`).join(", "));
+  for (const [at, first, tints, value, kind] of f.contexts) {
+    add(box, "small", `${kind}: ${value}`);
+    const pre = add(box, "pre", "");
+    [...tints].forEach((tint, k) => {
+      const span = add(pre, "span", token(first + k));
+      if (tint !== "0") span.style.background = `rgba(255, 130, 0, ${tint / 9})`;
+      if (first + k === at) span.className = "peak";
+    });
+  }
+}
+let matches = [], shown = 0;
+function more() {
+  matches.slice(shown, shown += 20).forEach(show);
+  get("more").hidden = shown >= matches.length;
+}
+function filter() {
+  const wanted = get("filter").value;
+  const fits = f => wanted === "" || String(f.id) === wanted
+    || f.contexts.some(context => token(context[0]).includes(wanted))
+    || f.up.some(([id]) => data.vocab[id].includes(wanted));
+  matches = data.features.filter(fits);
+  get("count").textContent = `${matches.length} of ${data.features.length} features`;
+  get("list").textContent = "";
+  shown = 0;
+  more();
+}
+get("filter").oninput = filter;
+get("more").onclick = more;
+filter();
+</script></html>
+"""
+
+
+def printable(token):
+    """A token's bytes as text that shows all of them: halves of characters, control characters."""
+    text = token.decode("utf-8", errors="backslashreplace")
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
+
+
+def context_of(at, token, value, size):
+    """The text around a token where a feature fires, for the page.
+
+    Args:
+        at: the token's number; token, value: where the feature fires, in order, and how strongly;
+        size: tokens in the whole text.
+
+    Returns:
+        [at, the first token shown, a digit from 0 to 9 for each token shown, the value at `at`]
+    """
+    first, last = max(0, at - 24), min(size, at + 9)
+    tints = np.zeros(last - first, dtype=int)
+    a, b = token.searchsorted([first, last])
+    tints[token[a:b] - first] = np.ceil(9 * value[a:b] / value.max())
+    strength = f"{value[token.searchsorted(at)]:.3g}"
+    return [int(at), int(first), "".join(map(str, tints)), strength]
+
+
+@torch.no_grad()
+def features_page(name, sae, gpt, config, ids=None):
+    """An HTML page, as text, that shows an SAE's features and needs nothing but itself.
+
+    Args:
+        ids: which features; None: all, or of more than 4,096 a sample of 1,000.
+
+    Raises:
+        UserError: if there is no feature of such a number.
+    """
+    n_features, chance = sae.encoder.out_features, np.random.default_rng(config.seed)
+    for i in ids or ():
+        if not 0 <= i < n_features:
+            raise UserError(f"--feature-ids has {i}, must be 0 to {n_features - 1:,}: change it")
+    if ids is None:
+        ids = range(n_features)
+        if n_features > 4096:
+            ids = sorted(chance.choice(n_features, 1000, replace=False).tolist())
+    rows = held_out(config)
+    text = np.asarray(rows).ravel()
+    starts, token, value = firings(sae.encode, residuals(gpt, rows, config.layer))
+    share, dictionary = np.diff(starts) / len(text), sae.dictionary
+    alive, index = torch.from_numpy(np.flatnonzero(share)), torch.tensor(list(ids))
+    cosines, near = nearest(dictionary[index], dictionary[alive], 4)
+    near = alive[near.cpu()]
+
+    features = []
+    for row, i in enumerate(ids):
+        here = slice(starts[i], starts[i + 1])
+        t, v = token[here], value[here]
+        order, places = v.argsort()[::-1], []  # the strongest first
+        for at in t[order]:
+            if len(places) < 6 and all(abs(at - other) > 24 for other, _ in places):
+                places.append((at, "strongest"))
+        for kind, part in zip(("upper", "middle", "lower"), np.array_split(order, 3)):
+            if len(part):
+                places.append((t[chance.choice(part)], f"from the {kind} third"))
+        # What the element adds to each logit if the later blocks do nothing, up to one factor
+        push = gpt.wte.weight @ (dictionary[i] * gpt.ln_f.weight)
+        push = push - push.mean()
+        words = []
+        for side in push.topk(8), push.topk(8, largest=False):
+            pairs = zip(side.indices.tolist(), side.values.tolist())
+            words.append([[j, f"{by:+.2f}"] for j, by in pairs])
+        others = zip(near[row].tolist(), cosines[row].tolist())
+        features.append({
+            "id": i, "rate": share[i], "top": f"{v.max(initial=0):.3g}",
+            "contexts": [[*context_of(at, t, v, len(text)), kind] for at, kind in places],
+            "up": words[0], "down": words[1],
+            "near": [[j, f"{cosine:.2f}"] for j, cosine in others if j != i][:3]})
+
+    result = evaluate(gpt, sae, rows, config.layer)
+    below, rates = 0, []
+    for label, high in ("never", 0), ("to 0.1%", 1e-3), ("to 1%", 0.01), ("to 10%", 0.1), ("more", 1):
+        amount = int((share <= high).sum()) - below
+        below += amount
+        rates.append(f"{label:>8} {amount:7,} {'#' * round(60 * amount / n_features)}")
+    tokenizer = gpt2.load_tokenizer(config.model)
+    vocab = [printable(tokenizer.decode_single_token_bytes(i)) if i != tokenizer.eot_token
+             else gpt2.END_OF_TEXT for i in range(gpt.config.vocab_size)]
+    data = {"name": f"{name}: {len(features):,} of {n_features:,} features", "features": features,
+            "table": [[k, f"{x:.4g}"] for k, x in result.items() if type(x) is not list],
+            "rates": rates, "vocab": vocab, "text": text.tolist()}
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag within
+    return PAGE.replace("@DATA@", packed)
+
+
+# ------------------------------------------------------------------------------------------------
 # The command line
 # ------------------------------------------------------------------------------------------------
 
@@ -1131,13 +1527,22 @@ def make_parser():
     other.add_argument("--resume", metavar="FOLDER", help="go on with a run that was stopped")
     other.add_argument("--evaluate", nargs="+", metavar="SAE", help="what SAEs cost, side by side")
     other.add_argument("--benchmark", action="store_true", help="how fast each loss trains here")
+    other.add_argument("--plot", nargs="+", metavar="FOLDER", help="draw runs' Pareto curves")
+    other.add_argument("--compare", nargs="+", metavar="SAE", help="how alike dictionaries are")
+    other.add_argument("--concepts", nargs="+", metavar="SAE", help="features for known concepts")
+    other.add_argument("--features", metavar="SAE", help="write a page to look at its features")
+    parser.add_argument("--feature-ids", nargs="+", type=int, help="which of them")
     return parser
 
 
-def evaluate_all(names, flags):
-    """Print what SAEs cost, each on the model, layer and context that it was made for."""
+def load_all(names, flags):
+    """SAEs by name, each with the model, layer and context that it was made for.
+
+    Returns:
+        {name: (SAE, its model, Config)}
+    """
     torch.set_float32_matmul_precision("high")  # as in `train`
-    results, models = {}, {}
+    loaded, models = {}, {}
     for name in names:
         sae = SAE.load(name, flags.get("layer"))
         for key in ("model", "layer"):
@@ -1154,9 +1559,31 @@ def evaluate_all(names, flags):
         if d_model != gpt.config.n_embd:
             raise UserError(f"{name} has d_model {d_model}, {config.model} {gpt.config.n_embd}: "
                             "give an SAE of that model")
-        held_out = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
-        results[name] = evaluate(gpt, sae.to(config.device), held_out, config.layer)
-    print_table(results)
+        loaded[name] = sae.to(config.device), gpt, config
+    return loaded
+
+
+VIEWS = "evaluate", "plot", "compare", "concepts", "features"
+
+
+def look(view, names, flags, ids):
+    """Carry out one of VIEWS."""
+    if view == "plot":
+        plot(names, Path(names[0]).parent / "pareto.png")
+        return
+    loaded = load_all([names] if view == "features" else names, flags)
+    if view == "evaluate":
+        print_table({name: evaluate(gpt, sae, held_out(config), config.layer)
+                     for name, (sae, gpt, config) in loaded.items()})
+    elif view == "compare":
+        compare(loaded)
+    elif view == "concepts":
+        concepts(loaded)
+    else:
+        page = features_page(names, *loaded[names], ids).encode()
+        path = Path(names if Path(names).is_dir() else ".") / "features.html"
+        gpt2.write_atomic(path, lambda file: file.write(page))
+        print(f"{path}, {len(page) / 1e6:.1f} MB: open it in a browser")
 
 
 def main(arguments=None):
@@ -1164,10 +1591,14 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         flags = vars(make_parser().parse_args(arguments))
-        names, folder, timing = flags.pop("evaluate"), flags.pop("resume"), flags.pop("benchmark")
-        if names:
-            evaluate_all(names, flags)
-            return 0
+        asked = {name: flags.pop(name) for name in VIEWS}
+        ids, folder, timing = (flags.pop(name) for name in ("feature_ids", "resume", "benchmark"))
+        if ids and not asked["features"]:
+            raise UserError(f"--feature-ids is {ids}, goes with --features only: give both")
+        for view, names in asked.items():
+            if names:
+                look(view, names, flags, ids)
+                return 0
         if timing:
             benchmark(Config(**flags))
             return 0
@@ -1197,7 +1628,7 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     code = main()
-    if "WORLD_SIZE" in os.environ:  # gloo's threads abort one in thirty processes that end otherwise
+    if "WORLD_SIZE" in os.environ:  # gloo's threads abort one in thirty that end otherwise
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -7,14 +7,19 @@ its tests and its tables. It is split into train and val by a hash of each file'
 file stays on its side in every version of Python.
 """
 
+import ast
+import builtins
 import functools
 import hashlib
+import io
 import json
+import keyword
 import math
 import re
 import sys
 import sysconfig
 import time
+import tokenize
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -38,6 +43,7 @@ from gpt2 import (
 )
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+BUILTINS = set(dir(builtins))
 VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
 
 
@@ -75,6 +81,159 @@ def load_tokens(tokenizer, split):
     for document in tokenizer.encode_ordinary_batch(list(read_files(split).values())):
         tokens += document + [tokenizer.eot_token]
     return np.array(tokens[:-1], dtype=np.uint16)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is true of each token of the text: concepts to hold features against
+# ------------------------------------------------------------------------------------------------
+
+WHOLE = {  # concepts that are all of a node of the syntax tree
+    "import": (ast.Import, ast.ImportFrom),
+    "return statement": ast.Return,
+    "raise statement": ast.Raise,
+    "assert statement": ast.Assert,
+    "comparison": ast.Compare,
+    "lambda": ast.Lambda,
+    "parameter": ast.arg,
+    "comprehension": (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+}
+BODY = {  # and those that are its body
+    "class body": ast.ClassDef,
+    "loop body": (ast.For, ast.While, ast.AsyncFor),
+    "exception handler": ast.ExceptHandler,
+    "try body": ast.Try,
+    "with body": (ast.With, ast.AsyncWith),
+}
+PARTS = {  # and those that are other parts of it
+    "condition of an if": (ast.If, lambda node: [node.test]),
+    "target of an assignment": (ast.Assign, lambda node: node.targets),
+    "argument of a call": (ast.Call, lambda node: [*node.args, *node.keywords]),
+    "subscript": (ast.Subscript, lambda node: [node.slice]),
+}
+
+
+def concepts(source):
+    """What Python's own tokenize and ast say of each byte of a source file.
+
+    Args:
+        source: the text of a Python file.
+
+    Returns:
+        {concept: bool array, one entry for each byte of the text in UTF-8}; what is not found in
+        the file is not in the dict.
+
+    Raises:
+        SyntaxError, tokenize.TokenError: if it is no sound Python of the version that runs.
+    """
+    lines = io.StringIO(source).readlines()
+    starts = np.cumsum([0] + [len(line.encode()) for line in lines])
+    size, marks = int(starts[-1]), {}
+
+    def mark(concept, first, last):
+        marks.setdefault(concept, np.zeros(size, dtype=bool))[first:last] = True
+
+    def place(row, column):  # tokenize counts rows from 1, and characters
+        return size if row > len(lines) else starts[row - 1] + len(lines[row - 1][:column].encode())
+
+    def span(first, last):  # of two nodes; ast counts rows from 1, and bytes
+        return starts[first.lineno - 1] + first.col_offset, (
+            starts[last.end_lineno - 1] + last.end_col_offset
+        )
+
+    depth, brackets, before, at_start, decorator = 0, 0, "", True, None
+    for kind, word, begin, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        here = place(*begin), place(*end)
+        depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
+        if kind == tokenize.COMMENT:
+            mark("comment", *here)
+        if kind == tokenize.NEWLINE:
+            if decorator is not None:
+                mark("decorator", decorator, here[1])
+            at_start, decorator, before = True, None, ""
+        if kind not in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
+            continue
+        if at_start:
+            if kind != tokenize.STRING:
+                mark("first word of a statement", *here)
+            decorator = here[0] if word == "@" else None
+        if 1 <= depth <= 3:
+            mark(f"indented {depth} deep", *here)
+        brackets += (kind == tokenize.OP) * ((word in "([{") - (word in ")]}"))
+        name, constant = kind == tokenize.NAME, word in ("True", "False", "None")
+        for concept, holds in (
+            ("number", kind == tokenize.NUMBER),
+            ("operator or bracket", kind == tokenize.OP),
+            ("closing bracket", kind == tokenize.OP and word in ")]}"),
+            ("inside brackets", brackets > 0),
+            ("inside two brackets", brackets > 1),
+            ("True, False, None", constant),
+            ("keyword", keyword.iskeyword(word) and not constant),
+            ("name being defined", name and before in ("def", "class")),
+            ("attribute after a dot", name and before == "."),
+            ("self", word == "self"),
+            ("name of a builtin", name and before != "." and word in BUILTINS),
+            ("name in capitals", name and len(word) > 1 and word.isupper()),
+        ):
+            if holds:
+                mark(concept, *here)
+        before, at_start = word, False
+
+    def visit(node):
+        doc = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        doc = doc and ast.get_docstring(node, clean=False) is not None
+        text = isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
+        if text or isinstance(node, ast.JoinedStr):
+            mark("string", *span(node, node))
+            return  # what stands in an f-string has no sound place before Python 3.12
+        for concept, kinds in WHOLE.items():
+            if isinstance(node, kinds):
+                mark(concept, *span(node, node))
+        for concept, kinds in BODY.items():
+            if isinstance(node, kinds):
+                mark(concept, *span(node.body[0], node.body[-1]))
+        for concept, (kinds, parts) in PARTS.items():
+            for part in parts(node) if isinstance(node, kinds) else ():
+                mark(concept, *span(part, part))
+        if doc:
+            mark("docstring", *span(node.body[0], node.body[0]))
+        skipped = node.body[0] if doc else None
+        for child in ast.iter_child_nodes(node):
+            if child is not skipped:
+                visit(child)
+
+    visit(ast.parse(source))
+    return marks
+
+
+def labelled_tokens(tokenizer, split="val"):
+    """The tokens of a split, and which concepts hold at the last byte of each of them.
+
+    Files that this Python cannot parse are left out.
+
+    Returns:
+        (token ids (n,), {concept: bool (n,)}); at end-of-text no concept holds.
+    """
+    ids, labels, length = [], {}, 0
+    for source in read_files(split).values():
+        try:
+            found = concepts(source)
+        except (SyntaxError, tokenize.TokenError):
+            continue
+        document = tokenizer.encode_ordinary(source)
+        ends = np.cumsum([len(tokenizer.decode_single_token_bytes(token)) for token in document])
+        for concept, mark in found.items():
+            labels.setdefault(concept, []).append(length + np.flatnonzero(mark[ends - 1]))
+        ids += [*document, tokenizer.eot_token]
+        length = len(ids)
+    truth = {concept: np.zeros(length, dtype=bool) for concept in sorted(labels)}
+    for concept, places in labels.items():
+        truth[concept][np.concatenate(places)] = True
+    return np.array(ids, dtype=np.uint16), truth
+
+
+# ------------------------------------------------------------------------------------------------
+# The tokenizer
+# ------------------------------------------------------------------------------------------------
 
 
 def train_bpe(texts, vocab_size):
