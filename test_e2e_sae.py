@@ -25,6 +25,7 @@ import sys
 import tarfile
 import threading
 from collections import Counter
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -580,6 +581,284 @@ def test_one_of_two_processes_is_killed(tiny, tmp_path, victim):
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+# ------------------------------------------------------------------------------------------------
+# The views
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_nearest_by_brute_force(chunk):
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(n, 8, dtype=torch.double), dim=1) for n in (40, 30))
+    for other, own in (a, True), (b, False):
+        cosines = [[float(sum(x * y)) if not (own and i == j) else -9 for j, y in enumerate(other)] for i, x in enumerate(a)]
+        values, rows = e2e_sae.nearest(a, other, 3, chunk)
+        for i, row in enumerate(cosines):
+            best = sorted(range(len(row)), key=lambda j: -row[j])[:3]
+            assert rows[i].tolist() == best and max(abs(values[i, k] - row[best[k]]) for k in range(3)) < 1e-12
+
+
+def test_compare_leaves_out_the_dead(tiny, text, tmp_path, capsys):
+    """Dictionaries made by hand: the elements that never fire would be each other's nearest."""
+    torch.manual_seed(0)
+    for name in "ab":
+        sae = SAE(16, 8)
+        sae.encoder.bias.data[:] = torch.tensor([9.0] * 5 + [-99.0] * 3)
+        sae.decoder.weight.data = torch.eye(16)[:, :8] + (0.75 * torch.eye(16)[:, 8:] if name == "b" else 0)
+        sae.decoder.weight.data[:, 5:] = 1  # equal to one another
+        sae.save(tmp_path / name, str(tiny), 1, 32)
+    assert e2e_sae.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--n-eval", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("(5 elements)") == 3 and "mean 0.000" in out and "mean 0.800" in out  # 1 / |(1, 0.75)|
+    assert " 0.0 to 0.1 100.0%" in out and " 0.8 to 0.9 100.0%" in out or " 0.7 to 0.8 100.0%" in out
+
+
+SAMPLE = '''"""Sample: módule docstring."""
+import os
+from sys import path
+
+# a comment
+LIMIT = 60
+
+
+@decorate(1)
+class Thing(Base):
+    """Of a class."""
+
+    size = [0x1F, "text"]
+
+    def act(self, other=None):
+        """Of a
+        function."""
+        for item in other:
+            if item > 2:
+                self.total += len(item.parts[0])
+        while True:
+            break
+        try:
+            value = {k: v for k in other}
+        except OSError:
+            raise ValueError("bad")
+        with open(path) as file:
+            file.read()
+        assert value, b"no"
+        return lambda x: x
+'''
+BY_HAND = {  # concept: what it holds for, from the top, pieces parted by |
+    "first word of a statement": "import|from|LIMIT|@|class|size|def|for|if|self|while|break|try|value|except|raise|with|file|"
+                                 "assert|return",
+    "keyword": "import|from|import|class|def|for|in|if|while|break|try|for|in|except|raise|with|as|assert|return|lambda",
+    "comment": "# a comment",
+    "name in capitals": "LIMIT",
+    "operator or bracket": "=|@|(|)|(|):|=|[|,|]|(|,|=|):|:|>|:|.|+=|(|.|[|])|:|:|=|{|:|}|:|(|)|(|)|:|.|()|,|:",
+    "number": "60|1|0x1F|2|0",
+    "inside brackets": '(1|(Base|[0x1F,|"text"|(self,|other=None|(item.parts[0]|{k:|v|for|k|in|other|("bad"|(path|(',
+    "inside two brackets": "[0",
+    "closing bracket": ")|)|]|)|])|}|)|)|)",
+    "decorator": "@decorate(1)\n",
+    "name being defined": "Thing|act",
+    "indented 1 deep": '"""Of a class."""|size|=|[0x1F,|"text"]|def|act(self,|other=None):',
+    "indented 2 deep": '"""Of a\n        function."""|for|item|in|other:|while|True:|try:|except|OSError:|with|open(path)|as|'
+                       'file:|assert|value,|b"no"|return|lambda|x:|x',
+    "indented 3 deep": 'if|item|>|2:|break|value|=|{k:|v|for|k|in|other}|raise|ValueError("bad")|file.read()',
+    "self": "self|self",
+    "True, False, None": "None|True",
+    "name of a builtin": "len|OSError|ValueError|open",
+    "attribute after a dot": "total|parts|read",
+    "docstring": '"""Sample: módule docstring."""|"""Of a class."""|"""Of a\n        function."""',
+    "string": '"text"|"bad"|b"no"',
+    "import": "import os|from sys import path",
+    "target of an assignment": "LIMIT|size|value",
+    "class body": SAMPLE[SAMPLE.index('"""Of a class') : -1],
+    "parameter": "self|other|x",
+    "loop body": "if item > 2:\n                self.total += len(item.parts[0])|break",
+    "condition of an if": "item > 2",
+    "comparison": "item > 2",
+    "argument of a call": '1|item.parts[0]|"bad"|path',
+    "subscript": "0",
+    "try body": "value = {k: v for k in other}",
+    "comprehension": "{k: v for k in other}",
+    "exception handler": 'raise ValueError("bad")',
+    "raise statement": 'raise ValueError("bad")',
+    "with body": "file.read()",
+    "assert statement": 'assert value, b"no"',
+    "return statement": "return lambda x: x",
+    "lambda": "lambda x: x",
+}  # fmt: skip
+
+
+def test_concepts_by_hand():
+    found, source = stdlib.concepts(SAMPLE), SAMPLE.encode()
+    assert found.keys() == BY_HAND.keys() and len(found) > 25
+    for concept, pieces in BY_HAND.items():
+        edges = np.flatnonzero(np.diff([0, *found[concept].astype(int), 0]))
+        assert [source[a:b].decode() for a, b in zip(edges[::2], edges[1::2])] == pieces.split("|"), concept
+
+
+def test_labels_of_tokens(monkeypatch):
+    """A token has the concepts of its last byte; a file that does not parse is left out."""
+    monkeypatch.setattr(stdlib, "read_files", lambda split: {"a.py": SAMPLE, "b.py": "def (:\n", "c.py": "y = 12\n"})
+    tokenizer = gpt2.load_tokenizer("stdlib")
+    tokens, truth = stdlib.labelled_tokens(tokenizer)
+    assert tokenizer.decode(tokens.tolist()) == f"{SAMPLE}<|endoftext|>y = 12\n<|endoftext|>"
+    ends = np.cumsum([len(tokenizer.decode_single_token_bytes(token)) for token in tokens])
+    marks = stdlib.concepts(SAMPLE)
+    for concept, holds in truth.items():
+        for end, is_true in zip(ends, holds):
+            if end <= len(SAMPLE.encode()):
+                assert is_true == marks[concept][end - 1]
+    number = [tokenizer.decode([token]) for token in tokens[truth["number"]]]
+    assert "".join(number[-2:]).strip() == "12" and not any(holds[-1] for holds in truth.values())
+
+
+def test_best_features_by_brute_force():
+    rng, n, half = np.random.default_rng(0), 60, 30
+    truth = rng.random((n, 3)) < 0.3
+    features = np.maximum(rng.integers(-6, 6, (n, 5)), 0).astype(np.float32)  # with equals
+    features[:, 3] = truth[:, 1] * (1 + np.arange(n))  # this one is concept 1
+    features[:, 4] = 0
+    found = e2e_sae.firings(lambda x: x, torch.from_numpy(features))
+    f1, feature, threshold = e2e_sae.best_features(found, truth, half)
+    assert f1[1] == 1 and feature[1] == 3
+
+    def score(i, t, c, rows):
+        predicted = features[rows, i] >= t
+        return 2 * (predicted & truth[rows, c]).sum() / (predicted.sum() + truth[rows, c].sum())
+
+    first, second = slice(0, half), slice(half, n)
+    for c in range(3):
+        best = max(score(i, t, c, first) for i in range(5) for t in set(features[first, i]) - {0.0})
+        assert abs(score(feature[c], threshold[c], c, first) - best) < 1e-12
+        assert abs(score(feature[c], threshold[c], c, second) - f1[c]) < 1e-12
+
+
+def test_concepts_of_a_planted_feature(tmp_path, tiny, monkeypatch, capsys):
+    """The sum of all coordinates is high where the concept holds; one element reads just that."""
+    rng = np.random.default_rng(0)
+    truth = rng.random(2048) < 0.03
+    x = torch.from_numpy(rng.normal(size=(2048, 16)) + truth[:, None]).float()
+    x += (3 * torch.from_numpy(truth) - x.mean(1))[:, None]  # the mean is 3 or 0
+    monkeypatch.setattr(e2e_sae, "labelled_tokens", lambda tokenizer: (np.zeros(2048, np.uint16), {"planted": truth}))
+    monkeypatch.setattr(e2e_sae, "residuals", lambda gpt, rows, layer: x)
+    torch.manual_seed(0)
+    sae = SAE(16, 4)
+    sae.encoder.weight.data[1], sae.encoder.bias.data[1] = 1, -20
+    sae.save(tmp_path / "sae", str(tiny), 1, 32)
+    assert e2e_sae.main(["--concepts", str(tmp_path / "sae")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("planted"))
+    _, share, planted, coordinate, random, always = line.split()
+    assert share == f"{truth.mean():.1%}" and float(planted) == 1
+    assert max(map(float, (coordinate, random))) < 1 and abs(float(always) - 2 * truth[1024:].mean() / (1 + truth[1024:].mean())) < 0.006
+
+
+class Page(HTMLParser):
+    """What an HTML file asks a browser for, and the texts of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.inside = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag == "script"
+        if self.inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def test_features_page(tmp_path, tiny, text, monkeypatch, capsys):
+    hostile = [b"<script>alert(1)</script>", b"</script>", b"&amp;", b"\"'`${x}", b"\x00\x1b[2J", b"\xe2\x82", b"<!--", "\u2028".encode()]
+    real = gpt2.load_tokenizer(tiny)
+
+    class Tokenizer:
+        eot_token = real.eot_token
+
+        def decode_single_token_bytes(self, i):
+            return hostile[i] if i < len(hostile) else real.decode_single_token_bytes(i)
+
+    monkeypatch.setattr(gpt2, "load_tokenizer", lambda name: Tokenizer())
+    torch.manual_seed(0)
+    sae = SAE(16, 40)
+    sae.encoder.bias.data -= 0.5
+    sae.encoder.bias.data[5] = -99
+    sae.save(tmp_path / "sae", str(tiny), 1, 32)
+    assert e2e_sae.main(["--features", str(tmp_path / "sae"), "--n-eval", "20"]) == 0
+    assert "features.html" in capsys.readouterr().out
+    written = (tmp_path / "sae" / "features.html").read_text()
+    page = Page(written)
+    for tag, attributes in page.tags:  # nothing is fetched from anywhere
+        assert tag in ("html", "meta", "title", "link", "style", "h1", "h2", "table", "pre", "p", "input", "span", "div", "button",
+                       "script"), tag  # fmt: skip
+        assert "src" not in attributes and attributes.get("href", "data:,") == "data:,"
+    assert "http" not in written.replace(written[written.index('{"name"') : written.rindex("}</script>")], "")
+    packed, code = page.scripts
+    assert "innerHTML" not in code and "textContent" in code
+    data = json.loads(packed)
+    assert data["vocab"][:8] == ["<script>alert(1)</script>", "</script>", "&amp;", "\"'`${x}", "\\u0000\\u001b[2J",
+                                 "\\xe2\\x82", "<!--", "\\u2028"]  # fmt: skip
+    assert data["text"] == text["val"][:640].tolist() and [f["id"] for f in data["features"]] == [*range(40)]
+
+    gpt, loaded = GPT.from_pretrained(tiny), SAE.load(tmp_path / "sae")
+    with torch.no_grad():
+        rows = torch.from_numpy(text["val"][:640].astype(np.int64)).view(20, 32)
+        x = e2e_sae.run_blocks(gpt, gpt.embed(rows), 0, 1)[-1].flatten(0, 1)
+        acts = loaded.encode(x).numpy()
+        dictionary = loaded.dictionary.numpy().astype(np.float64)
+    assert data["features"][5]["contexts"] == [] and data["features"][5]["rate"] == 0
+    for f in data["features"]:
+        mine = acts[:, f["id"]]
+        assert abs(f["rate"] - (mine > 0).mean()) < 1e-9
+        if not f["contexts"]:
+            continue
+        at, first, tints, value, kind = f["contexts"][0]
+        assert at == mine.argmax() and kind == "strongest" and abs(float(value) - mine.max()) < 0.01 * mine.max()
+        assert [int(tint) for tint in tints] == np.ceil(9 * mine[first : first + len(tints)] / mine.max()).tolist()
+        push = gpt.wte.weight.numpy() @ (dictionary[f["id"]] * gpt.ln_f.weight.numpy())
+        assert [i for i, _ in f["up"]][:3] == np.argsort(-push)[:3].tolist()
+        assert [i for i, _ in f["down"]][:3] == np.argsort(push)[:3].tolist()
+        cosines = dictionary @ dictionary[f["id"]]
+        cosines[~(acts > 0).any(0)] = -9
+        cosines[f["id"]] = -9
+        assert f["near"][0][0] == cosines.argmax()
+
+
+def test_some_features_of_many(tmp_path, tiny, text, capsys):
+    SAE(16, 5000).save(tmp_path / "sae", str(tiny), 1, 32)
+    call = ["--features", str(tmp_path / "sae"), "--n-eval", "2"]
+    shown = []
+    for more in [], [], ["--feature-ids", "4999", "3"]:
+        assert e2e_sae.main([*call, *more]) == 0
+        packed = Page((tmp_path / "sae" / "features.html").read_text()).scripts[0]
+        shown.append([f["id"] for f in json.loads(packed)["features"]])
+    assert len(set(shown[0])) == 1000 and shown[0] == shown[1] and shown[2] == [4999, 3]
+    for bad in "5000", "-1":
+        assert e2e_sae.main([*call, f"--feature-ids={bad}"]) == 2
+        only_line(capsys.readouterr().err, bad, "4,999")
+
+
+def test_plot(tmp_path, tiny, text, capsys, monkeypatch):
+    for loss in "local", "e2e", "e2e_ds":
+        e2e_sae.train(config_of(tiny, loss=loss, n_sequences=16, out=str(tmp_path / loss)))
+    runs = [str(tmp_path / loss) for loss in ("local", "e2e", "e2e_ds")]
+    assert e2e_sae.main(["--plot", *runs]) == 0
+    picture = (tmp_path / "pareto.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    capsys.readouterr()
+    assert e2e_sae.main(["--plot", str(tmp_path / "none")]) == 2
+    only_line(capsys.readouterr().err, "none")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert e2e_sae.main(["--plot", *runs]) == 2
+    only_line(capsys.readouterr().err, "matplotlib")
+    assert (tmp_path / "pareto.png").read_bytes() == picture
 
 
 # ------------------------------------------------------------------------------------------------

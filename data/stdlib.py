@@ -43,7 +43,8 @@ from gpt2 import (
 )
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
-BUILTINS = set(dir(builtins))
+CONSTANTS = {"True", "False", "None"}
+BUILTINS = set(dir(builtins)) - CONSTANTS
 VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
 
 
@@ -159,7 +160,7 @@ def concepts(source):
         if 1 <= depth <= 3:
             mark(f"indented {depth} deep", *here)
         brackets += (kind == tokenize.OP) * ((word in "([{") - (word in ")]}"))
-        name, constant = kind == tokenize.NAME, word in ("True", "False", "None")
+        name, constant = kind == tokenize.NAME, word in CONSTANTS
         for concept, holds in (
             ("number", kind == tokenize.NUMBER),
             ("operator or bracket", kind == tokenize.OP),
