@@ -1234,7 +1234,12 @@ EVALUATE = [
     ("--evaluate model/vocab.json", "vocab.json"),
     ("--evaluate whole --n-eval 0", "--n-eval is 0"),
     ("--evaluate whole --context 33", "--context is 33"),
-    ("--evaluate ''", "no SAE"), (f"--evaluate {LONG}", LONG), ("--evaluate", "--evaluate")]
+    ("--evaluate ''", "no SAE"), (f"--evaluate {LONG}", LONG), ("--evaluate", "--evaluate"),
+    ("--compare whole nowhere", "nowhere"), ("--concepts run", "run: there is no SAE"),
+    ("--features nowhere", "nowhere"), ("--features whole --feature-ids 24", "--feature-ids has 24"),
+    ("--features whole --feature-ids x", "--feature-ids"), ("--feature-ids 3", "--features"),
+    ("--plot run", "eval.json"), ("--plot nowhere", "nowhere"), ("--plot", "--plot"),
+    ("--plot whole --compare whole", "--plot")]
 NEW, ON, SHOW = "--out out", "--resume run", "--evaluate whole"
 FILES = [  # arguments, file, its fate (fields, bytes, how many are kept, None: deleted), words
     *[(ON, "run/config.json", change, "run/config.json") for change in (
