@@ -24,6 +24,7 @@ stays the same. The model runs twice and is frozen; only the SAE learns.
     --loss local     mse + λ sparsity                      rebuild x: the usual SAE
     --loss e2e       kl + λ sparsity                       keep the output
     --loss e2e_ds    kl/2 + β downstream + λ sparsity      keep the later layers as well
+    --loss finish    (α kl + mse)/2 + λ sparsity           end a local run this way: see --init
 
 `mse` is the mean squared error of x_hat; `kl` how far the two next-token distributions differ;
 `downstream` the mean squared error of the residual stream in the later layers (e2e alone may reach
@@ -33,6 +34,7 @@ a token (L0), and fewer dictionary elements that are ever active (alive), than l
 
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      two minutes on two CPU cores
+    python e2e_sae.py --init out/A --loss finish ...           local first, then what e2e is about
     python e2e_sae.py --evaluate out/A out/B                   SAEs side by side
     python e2e_sae.py --resume out/A                           go on with a run that was stopped
 
@@ -70,8 +72,8 @@ from gpt2 import GPT, GPTConfig, Parser, Progress, UserError, duration
 # Settings
 # ------------------------------------------------------------------------------------------------
 
-PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0}
-STDLIB_SPARSITY = {"local": 0.6, "e2e": 2.0, "e2e_ds": 3.0}
+PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0, "finish": 6.0}
+STDLIB_SPARSITY = {"local": 0.6, "e2e": 2.0, "e2e_ds": 3.0, "finish": 0.6}
 # Setting: (OpenAI's models, as in the paper; any other model, sized for stdlib on two CPU cores)
 DEFAULTS = {
     "layer": (6, 3),
@@ -101,7 +103,8 @@ class Config:
 
     model: str = setting("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder")
     layer: int = setting(None, "the SAE sits on the residual stream entering this block", 0)
-    loss: str = setting("e2e", "local, e2e or e2e_ds")
+    loss: str = setting("e2e", "local, e2e, e2e_ds or finish")
+    init: str = setting("", "start from this SAE: a run, a .pt file, apollo:NAME (none: random)")
     sparsity: float = setting(None, "λ, the weight of the features' L1 norm", 0)
     downstream: float = setting(None, "β, weight of later layers (2.5; GPT-2's layer 10: 0.05)", 0)
     n_features: int = setting(None, "dictionary elements (60 d_model, stdlib 16 d_model)", 1, 10**7)
@@ -123,7 +126,7 @@ class Config:
 
     def __post_init__(self):
         self.check("model", type(self.model) is str, "a name or a folder")
-        self.check("loss", self.loss in ("local", "e2e", "e2e_ds"), "local, e2e or e2e_ds")
+        self.check("loss", self.loss in PAPER_SPARSITY, "local, e2e, e2e_ds or finish")
         usual = {f.name: f.default for f in fields(self)}  # what is not given becomes
         for name, (openai, other) in DEFAULTS.items():
             value = openai if self.model in gpt2.OPENAI else other
@@ -166,7 +169,8 @@ class Config:
             for key in usual:  # model, layer, loss, λ, and whatever else is not as usual
                 named = key in ("model", "layer", "loss", "sparsity", *EXECUTION)
                 if not named and getattr(self, key) != usual[key]:
-                    name += f"-{key}{getattr(self, key)}"
+                    value = str(getattr(self, key)).rstrip("/")  # an init is a path or a name
+                    name += f"-{key}{re.split('[/:]', value)[-1]}"
             self.out = str(Path("out") / name)
 
     def check(self, name, sound, rule):
@@ -519,13 +523,16 @@ def run_blocks(gpt, x, first, last=None):
 
 
 def compute_loss(gpt, sae, tokens, config):
-    """One of the three losses, on one batch. Only the SAE's parameters get a gradient.
+    """One of the losses, on one batch. Only the SAE's parameters get a gradient.
 
     Args:
         gpt: a frozen GPT.
         sae: an SAE of its d_model.
         tokens: (batch, pos).
         config: its loss, layer, sparsity (λ) and downstream (β) are used.
+
+    With "finish", Karvonen's mix (arXiv 2503.17272) for the last steps of an SAE that was trained
+    with "local": kl, scaled to the size that mse has, and mse, half of each.
 
     Returns:
         (loss, terms): the scalar to minimise, and its parts before they are weighted, with "l0",
@@ -558,6 +565,10 @@ def compute_loss(gpt, sae, tokens, config):
     terms["kl"] = KLLoss.apply(*final, gpt.wte.weight)
     if config.loss == "e2e":
         return terms["kl"] + penalty, terms
+    if config.loss == "finish":
+        terms["mse"] = mse_loss(x_hat, x)
+        alpha = (terms["mse"] / terms["kl"]).detach()
+        return 0.5 * (alpha * terms["kl"] + terms["mse"]) + penalty, terms
 
     terms["downstream"] = downstream_loss(spliced[1:-1], clean[1:-1])  # layer + 1 ... n_layer - 1
     return 0.5 * terms["kl"] + config.downstream * terms["downstream"] + penalty, terms
@@ -920,12 +931,26 @@ def train(config, resume=False):
     keep_freed_memory()
     rank, world, device = join_ranks(config)
     gpt = GPT.from_pretrained(config.model)
+    out = Path(config.out)
+    path = out / "checkpoint.pt"
+    resumed = resume and path.exists()
+    started = config.init and not resumed and SAE.load(config.init, config.layer)
+    if started and config.n_features is None:
+        config.n_features = started.encoder.out_features
     config.fit(gpt)
+    if started:
+        n, d = started.encoder.weight.shape
+        at, wanted = started.made_for["layer"], (config.layer, gpt.config.n_embd, config.n_features)
+        rule = "of layer {}, d_model {} and {} elements".format(*wanted)
+        rule += ", it is of layer {}, d_model {} and {} elements".format(at, d, n)
+        config.check("init", (at, d, n) == wanted, rule)
     text = windows(gpt2.load_tokens(config.model, "train"), config.context)
     val = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
     gpt.to(device)
     torch.manual_seed(config.seed)  # of the CPU's generator: the same first weights on every device
     sae = SAE(gpt.config.n_embd, config.n_features).to(device)
+    if started:
+        sae.load_state_dict(started.state_dict())
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     loss_of = torch.compile(compute_loss, fullgraph=True) if config.compile else compute_loss
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -933,14 +958,11 @@ def train(config, resume=False):
     failed = torch.zeros((), device=device)  # 1 from the first step on that is not finite
     n_good = torch.zeros((), device=device)  # how many steps there were before that
 
-    out = Path(config.out)
-    path = out / "checkpoint.pt"
     if rank == 0 and not resume:
         start_folder(config)
     with ExitStack() as stack:
         if rank == 0:
             stack.enter_context(gpt2.lock(out, wait=False))
-        resumed = resume and path.exists()
         step = began = load_checkpoint(path, sae, optimizer, config) if resumed else 0
         log = stack.enter_context(open_log(out / "log.jsonl", step)) if rank == 0 else None
         stack.enter_context(worded_failures(out))
@@ -1180,7 +1202,8 @@ def plot(folders, path):
         config = Config.load(folder / "config.json")
         runs.setdefault(config.loss, []).append(gpt2.read_json(folder / "eval.json"))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    styles = {"local": "s : 0.45", "e2e": "o - black", "e2e_ds": "^ -- tab:blue"}
+    styles = {"local": "s : 0.45", "e2e": "o - black", "e2e_ds": "^ -- tab:blue",
+              "finish": "D -. tab:red"}
     for loss, results in sorted(runs.items()):
         marker, line, color = styles[loss].split()
         style = {"marker": marker, "linestyle": line, "color": color, "label": loss}

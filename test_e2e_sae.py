@@ -168,6 +168,7 @@ def losses_by_hand(state, tokens, weights, layer, n_head, lam, beta):
         "local": terms["mse"] + penalty,
         "e2e": terms["kl"] + penalty,
         "e2e_ds": 0.5 * terms["kl"] + beta * terms["downstream"] + penalty,
+        "finish": 0.5 * ((terms["mse"] / terms["kl"]).detach() * terms["kl"] + terms["mse"]) + penalty,
     }
 
 
@@ -283,7 +284,7 @@ def doubled(tiny):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds"])
+@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds", "finish"])
 def test_losses_and_gradients_by_hand(tiny, loss, layer):
     if loss == "e2e_ds" and layer == 2:
         pytest.skip("e2e_ds needs a later layer")
@@ -300,7 +301,7 @@ def test_losses_and_gradients_by_hand(tiny, loss, layer):
     hand_terms, hand = losses_by_hand(raw, tokens, weights, layer, 2, 0.7, 1.3)
     hand[loss].backward()
     assert abs(total - hand[loss]) < 1e-8
-    wanted = {"local": {"mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream"}}[loss] | {"sparsity", "l0"}
+    wanted = {"local": {"mse"}, "e2e": {"kl"}, "e2e_ds": {"kl", "downstream"}, "finish": {"kl", "mse"}}[loss] | {"sparsity", "l0"}
     assert terms.keys() == wanted
     for name, value in terms.items():
         assert abs(value - hand_terms[name]) < (1e-8 if name != "l0" else 1e-5), name
@@ -335,7 +336,7 @@ def test_kl_equals_pytorchs(chunk, compiled):
         assert torch.autograd.gradcheck(lambda s: KLLoss.apply(s, clean, unembedding, chunk), spliced)  # finite differences
 
 
-@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds"])
+@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds", "finish"])
 def test_active_features_alone_give_the_same(tiny, monkeypatch, loss):
     """Loss, terms and gradients in float64, with tokens where nothing fires and elements that never do."""
     config, gpt = config_of(tiny, loss=loss, sparsity=0.3), GPT.from_pretrained(tiny).double()
@@ -472,7 +473,7 @@ def losses_of(folder):
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
 
-@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds"])
+@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds", "finish"])
 def test_training_lowers_its_loss(tiny, text, tmp_path, loss):
     sae = e2e_sae.train(config_of(tiny, loss=loss, out=str(tmp_path / "run"), lr=0.01, n_sequences=512, sparsity=0.01))
     log = losses_of(tmp_path / "run")
@@ -508,6 +509,42 @@ def test_adam_and_clipping_by_hand(tiny, text, tmp_path):
         assert (value - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("source", ["run", "published", "saelens"])
+def test_start_from_an_sae(tiny, text, tmp_path, monkeypatch, capsys, source):
+    """Before the first step it is the SAE it starts from, exactly; also if that step was never saved."""
+    path, n = tmp_path / source, 40
+    if source == "run":
+        e2e_sae.train(config_of(tiny, loss="local", n_sequences=32, out=str(path)))
+    elif source == "published":
+        path, n = tmp_path / "theirs.pt", 24
+        torch.save(published(1), path)
+    else:
+        SAE(16, 40).save(path, str(tiny), 1, 32)
+        tensors = safetensors.torch.load_file(path / "sae_weights.safetensors")
+        tensors["W_dec"] = tensors["W_dec"] * torch.linspace(0.5, 2, 40)[:, None]
+        safetensors.torch.save_file(tensors, path / "sae_weights.safetensors")
+        cfg = json.loads((path / "cfg.json").read_text())
+        (path / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": True}))
+    gpt, rows = GPT.from_pretrained(tiny), text["val"][:640].reshape(20, 32)
+    seen = []
+
+    def first_step(gpt, sae, *more):
+        seen.append(evaluate(gpt, sae, rows, 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(e2e_sae, "compute_loss", first_step)
+    flags = ["--model", str(tiny), "--layer", "1", "--context", "32", "--loss", "finish", "--init", str(path), "--n-sequences", "16",
+             "--n-eval", "20", "--batch-size", "16", "--device", "cpu", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert e2e_sae.main(flags) == 130 and e2e_sae.main(["--resume", str(tmp_path / "out")]) == 130
+    assert seen == [evaluate(gpt, SAE.load(path), rows, 1)] * 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["init"] == str(path)
+    capsys.readouterr()
+    for wrong, words in (["--layer", "2"], "of layer 2"), (["--n-features", "7"], "and 7 elements"):
+        assert e2e_sae.main([*flags, *wrong, "--out", str(tmp_path / "other")]) == 2
+        only_line(capsys.readouterr().err, "--init is", words, f"layer 1, d_model 16 and {n} elements")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_micro_batches_give_the_same_step(tiny, text, tmp_path, micro_batch):
     saved = []
@@ -519,7 +556,7 @@ def test_micro_batches_give_the_same_step(tiny, text, tmp_path, micro_batch):
         assert (whole["exp_avg"] - parts["exp_avg"]).norm() < 1e-6 * whole["exp_avg"].norm()
 
 
-@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds"])
+@pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds", "finish"])
 def test_compiled_loss_equals_eager(tiny, loss):
     config, gpt = config_of(tiny, loss=loss), GPT.from_pretrained(tiny)
     torch._dynamo.reset()
