@@ -465,9 +465,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd
-        )  # queries, keys and values at once
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys, values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):  # (batch, pos, d_model) -> the same
@@ -511,9 +509,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(
-            config.vocab_size, config.n_embd
-        )  # tokens; transposed, it is the unembedding
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # transposed, it unembeds
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # positions
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)

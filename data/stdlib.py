@@ -398,7 +398,7 @@ def to_unit_stream(gpt, tokens):
 
     Muon without weight decay lets the stream grow to any size, and an SAE's learning rate is made
     for activations near 1. What the model computes stays the same: every LayerNorm divides the
-    scale out again (its epsilon is scaled too), and ln_f makes up for the unembedding, which is wte.
+    scale out again (its epsilon is scaled too); ln_f makes up for the unembedding, which is wte.
     """
     n = gpt.config.n_positions
     x = gpt.embed(torch.from_numpy(tokens[: 64 * n].astype(np.int64)).view(-1, n))
