@@ -1324,38 +1324,38 @@ def best_features(found, truth, half):
     return f1, feature.astype(int), threshold
 
 
+@torch.no_grad()
 def concepts(loaded):
     """Print how well single features tell what Python's tokenize and ast say of each token.
 
     Beside the SAEs stand the coordinates of x (each as two features, above and below its mean), an
     SAE with random weights whose L0 is the first SAE's, and the base rate: to say yes always.
+
+    Raises:
+        UserError: if they are not all of one model, layer and context.
     """
-    columns, streams, texts = {}, {}, {}
-    for name, (sae, gpt, config) in loaded.items():
-        if config.model not in texts:
-            texts[config.model] = labelled_tokens(gpt2.load_tokenizer(config.model))
-        tokens, labels = texts[config.model]
-        rows = windows(tokens, config.context)
-        truth = np.stack(list(labels.values()), 1)[: rows.size]
-        stream = config.model, config.layer, config.context
-        if stream not in streams:
-            streams[stream] = residuals(gpt, rows, config.layer)
-        x = streams[stream]
-        columns[name] = best_features(firings(sae.encode, x), truth, rows.size // 2)[0]
-        if len(columns) == 1:
-            centred = x - x.mean(0)
-            found = firings(F.relu, torch.cat([centred, -centred], 1))
-            coordinates = best_features(found, truth, rows.size // 2)[0]
-            torch.manual_seed(0)
-            random = SAE(x.shape[1], sae.encoder.out_features).to(x.device)
-            share = float((sae.encode(x[:2048]) > 0).float().mean())
-            pre = random.encoder(x[:2048]).flatten()
-            random.encoder.bias.data -= pre.kthvalue(max(1, int(pre.numel() * (1 - share)))).values
-            floor = best_features(firings(random.encode, x), truth, rows.size // 2)[0]
-            rate, base = truth.mean(0), truth[rows.size // 2 :].mean(0)
-    columns |= {"best coordinate of x": coordinates, "random SAE": floor}
+    places = {(config.model, config.layer, config.context) for _, _, config in loaded.values()}
+    if len(places) > 1:
+        raise UserError(f"--concepts has SAEs of {len(places)} (model, layer, context), must be of "
+                        f"one: leave out all but those of one of {sorted(places)}")
+    (first, gpt, config), *_ = loaded.values()
+    tokens, labels = labelled_tokens(gpt2.load_tokenizer(config.model))
+    rows = windows(tokens, config.context)
+    truth, half = np.stack(list(labels.values()), 1)[: rows.size], rows.size // 2
+    x = residuals(gpt, rows, config.layer)
+    columns = {name: best_features(firings(sae.encode, x), truth, half)[0]
+               for name, (sae, _, _) in loaded.items()}
+    centred = x - x.mean(0)
+    found = firings(F.relu, torch.cat([centred, -centred], 1))
+    columns["best coordinate of x"] = best_features(found, truth, half)[0]
+    torch.manual_seed(0)
+    random = SAE(x.shape[1], first.encoder.out_features).to(x.device)
+    pre, share = random.encoder(x[:2048]), (first.encode(x[:2048]) > 0).float().mean()
+    random.encoder.bias -= pre.flatten().sort().values[int((1 - share) * (pre.numel() - 1))]
+    columns["random SAE"] = best_features(firings(random.encode, x), truth, half)[0]
+    rate, base = truth.mean(0), truth[half:].mean(0)
     columns["always yes"] = 2 * base / (1 + base)
-    print(f"F1 of the best single feature for each concept; chosen on {rows.size // 2:,} tokens, "
+    print(f"F1 of the best single feature for each concept; chosen on {half:,} tokens, "
           f"tested on as many others")
     for i, name in enumerate(columns, 1):
         print(f"  {i:2}: {name}")
@@ -1519,7 +1519,8 @@ def features_page(name, sae, gpt, config, ids=None):
 
     result = evaluate(gpt, sae, rows, config.layer)
     below, rates = 0, []
-    for label, high in ("never", 0), ("to 0.1%", 1e-3), ("to 1%", 0.01), ("to 10%", 0.1), ("more", 1):
+    bands = ("never", 0), ("to 0.1%", 1e-3), ("to 1%", 0.01), ("to 10%", 0.1), ("more", 1)
+    for label, high in bands:
         amount = int((share <= high).sum()) - below
         below += amount
         rates.append(f"{label:>8} {amount:7,} {'#' * round(60 * amount / n_features)}")
