@@ -384,7 +384,7 @@ warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)"
 
 
 class ActiveOnly(torch.autograd.Function):
-    """decode(encode(x)), and its gradients, from the active features alone.
+    """decode(encode(x)), and its gradients, from the active features alone: only for speed.
 
     Where a feature is zero it adds nothing to x_hat, nothing comes back to it, and no row of the
     encoder or the dictionary gets a gradient from it. With 200 of 46,080 active, only the encoder's
@@ -525,14 +525,14 @@ def run_blocks(gpt, x, first, last=None):
 def compute_loss(gpt, sae, tokens, config):
     """One of the losses, on one batch. Only the SAE's parameters get a gradient.
 
+    With "finish", Karvonen's mix (arXiv 2503.17272) for the last steps of an SAE that was trained
+    with "local": kl, scaled to the size that mse has, and mse, half of each.
+
     Args:
         gpt: a frozen GPT.
         sae: an SAE of its d_model.
         tokens: (batch, pos).
         config: its loss, layer, sparsity (λ) and downstream (β) are used.
-
-    With "finish", Karvonen's mix (arXiv 2503.17272) for the last steps of an SAE that was trained
-    with "local": kl, scaled to the size that mse has, and mse, half of each.
 
     Returns:
         (loss, terms): the scalar to minimise, and its parts before they are weighted, with "l0",

@@ -336,8 +336,9 @@ def test_kl_equals_pytorchs(chunk, compiled):
         assert torch.autograd.gradcheck(lambda s: KLLoss.apply(s, clean, unembedding, chunk), spliced)  # finite differences
 
 
+@pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("loss", ["local", "e2e", "e2e_ds", "finish"])
-def test_active_features_alone_give_the_same(tiny, monkeypatch, loss):
+def test_active_features_alone_give_the_same(tiny, monkeypatch, loss, silent):
     """Loss, terms and gradients in float64, with tokens where nothing fires and elements that never do."""
     config, gpt = config_of(tiny, loss=loss, sparsity=0.3), GPT.from_pretrained(tiny).double()
     torch.manual_seed(0)
@@ -351,6 +352,7 @@ def test_active_features_alone_give_the_same(tiny, monkeypatch, loss):
     fired = sae.encode(x) > 0
     assert ActiveOnly.usable(sae.encode(x), x) and not fired.any(0)[:40].any()
     assert not fired.any(1).all() and fired.any(1).any()
+    sae.encoder.bias.data -= 100 * silent  # then not a single one fires
     results = []
     for use in True, False:
         calls = []
