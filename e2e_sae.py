@@ -1343,8 +1343,10 @@ def concepts(loaded):
     rows = windows(tokens, config.context)
     truth, half = np.stack(list(labels.values()), 1)[: rows.size], rows.size // 2
     x = residuals(gpt, rows, config.layer)
-    columns = {name: best_features(firings(sae.encode, x), truth, half)[0]
-               for name, (sae, _, _) in loaded.items()}
+    best = {name: best_features(firings(sae.encode, x), truth, half)
+            for name, (sae, _, _) in loaded.items()}
+    columns = {name: f1 for name, (f1, _, _) in best.items()}
+    _, numbers, _ = next(iter(best.values()))  # the first SAE's features
     centred = x - x.mean(0)
     found = firings(F.relu, torch.cat([centred, -centred], 1))
     columns["best coordinate of x"] = best_features(found, truth, half)[0]
@@ -1360,10 +1362,11 @@ def concepts(loaded):
     for i, name in enumerate(columns, 1):
         print(f"  {i:2}: {name}")
     for title, chosen in ("rare, under 5% of the tokens", rate < 0.05), ("common", rate >= 0.05):
-        print(f"\n{title:<28}{'share':>7}" + "".join(f"{i:6}" for i in range(1, len(columns) + 1)))
+        print(f"\n{title:<28}{'share':>7}" + "".join(f"{i:6}" for i in range(1, len(columns) + 1))
+              + "   feature of 1")
         for c in sorted(np.flatnonzero(chosen), key=lambda c: rate[c]):
             cells = "".join(f"{f1[c]:6.2f}" for f1 in columns.values())
-            print(f"{list(labels)[c]:<28}{rate[c]:7.1%}{cells}")
+            print(f"{list(labels)[c]:<28}{rate[c]:7.1%}{cells}{numbers[c]:15}")
         print(f"{'mean':<35}" + "".join(f"{f1[chosen].mean():6.2f}" for f1 in columns.values()))
 
 

@@ -787,7 +787,8 @@ def test_concepts_of_a_planted_feature(tmp_path, tiny, monkeypatch, capsys):
     sae.save(tmp_path / "sae", str(tiny), 1, 32)
     assert e2e_sae.main(["--concepts", str(tmp_path / "sae")]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("planted"))
-    _, share, planted, coordinate, random, always = line.split()
+    _, share, planted, coordinate, random, always, number = line.split()
+    assert number == "1"
     assert share == f"{truth.mean():.1%}" and float(planted) == 1
     assert max(map(float, (coordinate, random))) < 1 and abs(float(always) - 2 * truth[1024:].mean() / (1 + truth[1024:].mean())) < 0.006
 
