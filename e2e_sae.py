@@ -1569,6 +1569,7 @@ def load_all(names, flags):
         {name: (SAE, its model, Config)}
     """
     torch.set_float32_matmul_precision("high")  # as in `train`
+    keep_freed_memory()
     loaded, models = {}, {}
     for name in names:
         sae = SAE.load(name, flags.get("layer"))
