@@ -126,7 +126,7 @@ class Config:
 
     def __post_init__(self):
         self.check("model", type(self.model) is str, "a name or a folder")
-        self.check("loss", self.loss in PAPER_SPARSITY, "local, e2e, e2e_ds or finish")
+        self.check("loss", self.loss in list(PAPER_SPARSITY), "local, e2e, e2e_ds or finish")
         usual = {f.name: f.default for f in fields(self)}  # what is not given becomes
         for name, (openai, other) in DEFAULTS.items():
             value = openai if self.model in gpt2.OPENAI else other
