@@ -65,7 +65,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt2
-from data.stdlib import labelled_tokens
 from gpt2 import GPT, GPTConfig, Parser, Progress, UserError, duration
 
 # ------------------------------------------------------------------------------------------------
@@ -392,12 +391,11 @@ class ActiveOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def usable(features, x):
+    def usable(features, x, n_active):
         """Whether it can be used (not compiled, MKL on a CPU) and pays (one in twenty active)."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or features.dtype != x.dtype:
             return False  # another dtype: autocast's
-        few = features.count_nonzero() < features.numel() / 20
-        return bool(few) and torch.backends.mkl.is_available()
+        return bool(n_active < features.numel() / 20) and torch.backends.mkl.is_available()
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, dictionary, features):
@@ -542,8 +540,9 @@ def compute_loss(gpt, sae, tokens, config):
     with torch.no_grad():
         x = run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
-    terms = {"l0": features.count_nonzero() / tokens.numel()}
-    if ActiveOnly.usable(features, x):  # the same, sooner
+    n_active = features.count_nonzero()
+    terms = {"l0": n_active / tokens.numel()}
+    if ActiveOnly.usable(features, x, n_active):  # the same, sooner
         parameters = *sae.encoder.parameters(), sae.dictionary
         x_hat, active = ActiveOnly.apply(x, *parameters, features.detach())
         terms["sparsity"] = active.sum() / x.numel()
@@ -590,6 +589,11 @@ def windows(tokens, context):
         raise UserError(f"--context is {context:,}, the text has {len(tokens):,} tokens, must have "
                         "at least one sequence: give a shorter context, or another text")
     return tokens[: n * context].reshape(n, context)
+
+
+def held_out(config):
+    """The held-out sequences to evaluate on, (n_eval, context)."""
+    return windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
 
 
 def to_device(rows, device):
@@ -940,12 +944,12 @@ def train(config, resume=False):
     config.fit(gpt)
     if started:
         n, d = started.encoder.weight.shape
-        at, wanted = started.made_for["layer"], (config.layer, gpt.config.n_embd, config.n_features)
-        rule = "of layer {}, d_model {} and {} elements".format(*wanted)
-        rule += ", it is of layer {}, d_model {} and {} elements".format(at, d, n)
-        config.check("init", (at, d, n) == wanted, rule)
+        sizes = started.made_for["layer"], d, n
+        wanted = config.layer, gpt.config.n_embd, config.n_features
+        say = "of layer {}, d_model {} and {} elements".format
+        config.check("init", sizes == wanted, f"{say(*wanted)}, it is {say(*sizes)}")
     text = windows(gpt2.load_tokens(config.model, "train"), config.context)
-    val = windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
+    val = held_out(config)
     gpt.to(device)
     torch.manual_seed(config.seed)  # of the CPU's generator: the same first weights on every device
     sae = SAE(gpt.config.n_embd, config.n_features).to(device)
@@ -1142,11 +1146,6 @@ def benchmark(config):
 # ------------------------------------------------------------------------------------------------
 
 
-def held_out(config):
-    """The held-out sequences to evaluate on, (n_eval, context)."""
-    return windows(gpt2.load_tokens(config.model, "val"), config.context)[: config.n_eval]
-
-
 @torch.no_grad()
 def residuals(gpt, tokens, layer):
     """The residual stream entering `layer` on tokens (sequence, pos), as (token, d_model)."""
@@ -1200,7 +1199,8 @@ def plot(folders, path):
     runs = {}
     for folder in map(Path, folders):
         config = Config.load(folder / "config.json")
-        runs.setdefault(config.loss, []).append(gpt2.read_json(folder / "eval.json"))
+        result = gpt2.read_json(folder / "eval.json")
+        runs.setdefault(config.loss, []).append((config.layer, result))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     styles = {"local": "s : 0.45", "e2e": "o - black", "e2e_ds": "^ -- tab:blue",
               "finish": "D -. tab:red"}
@@ -1208,11 +1208,11 @@ def plot(folders, path):
         marker, line, color = styles[loss].split()
         style = {"marker": marker, "linestyle": line, "color": color, "label": loss}
         for axis, key in (left, "l0"), (middle, "alive"):
-            points = sorted((result[key], result["ce_increase"]) for result in results)
+            points = sorted((result[key], result["ce_increase"]) for _, result in results)
             axis.plot(*zip(*points), **style)
-        for result in results:
-            layers = range(config.layer, config.layer + len(result["mse_by_layer"]))
-            right.plot(layers, result["mse_by_layer"], **style)
+        for layer, result in results:
+            mse = result["mse_by_layer"]
+            right.plot(range(layer, layer + len(mse)), mse, **style)
             style["label"] = None  # one line of the legend is enough
     left.set(xlabel="L0: active features a token", ylabel="CE increase (nats)")
     middle.set(xlabel="alive dictionary elements", ylabel="CE increase (nats)")
@@ -1271,7 +1271,7 @@ def compare(loaded):
     print("the highest cosine similarity of each alive element of\n"
           f"{first} ({len(alive[first]):,} elements)")
     for name, dictionary in alive.items():
-        highest = nearest(alive[first], dictionary)[0].flatten().clamp(-1, 1)
+        highest = nearest(alive[first], dictionary)[0].flatten().clamp(-1, 1).cpu()
         whom = "another of its own elements" if name == first else f"an element of\n{name}"
         five = highest.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()
         print(f"\nwith {whom} ({len(dictionary):,} elements): mean {highest.mean():.3f}, quantiles "
@@ -1334,6 +1334,8 @@ def concepts(loaded):
     Raises:
         UserError: if they are not all of one model, layer and context.
     """
+    from data.stdlib import labelled_tokens  # here: all else works without data/
+
     places = {(config.model, config.layer, config.context) for _, _, config in loaded.values()}
     if len(places) > 1:
         raise UserError(f"--concepts has SAEs of {len(places)} (model, layer, context), must be of "
@@ -1501,8 +1503,10 @@ def features_page(name, sae, gpt, config, ids=None):
         t, v = token[here], value[here]
         order, places = v.argsort()[::-1], []  # the strongest first
         for at in t[order]:
-            if len(places) < 6 and all(abs(at - other) > 24 for other, _ in places):
+            if all(abs(at - other) > 24 for other, _ in places):
                 places.append((at, "strongest"))
+            if len(places) == 6:
+                break
         for kind, part in zip(("upper", "middle", "lower"), np.array_split(order, 3)):
             if len(part):
                 places.append((t[chance.choice(part)], f"from the {kind} third"))

@@ -345,18 +345,18 @@ def test_active_features_alone_give_the_same(tiny, monkeypatch, loss, silent):
     sae, tokens = SAE(16, 400).double(), torch.randint(0, 1024, (4, 32))
     x = e2e_sae.run_blocks(gpt, gpt.embed(tokens), 0, 1)[-1].flatten(0, 1)
     pre = sae.encoder(x)
-    assert not ActiveOnly.usable(sae.encode(x), x)  # half of them fire at first
+    assert not ActiveOnly.usable(sae.encode(x), x, sae.encode(x).count_nonzero())  # half of them fire at first
     sae.encoder.bias.data -= pre.quantile(0.98)
     sae.encoder.bias.data[:40] -= 100
     sae.encoder.bias.data[40:] -= 0.01 * torch.arange(360)
     fired = sae.encode(x) > 0
-    assert ActiveOnly.usable(sae.encode(x), x) and not fired.any(0)[:40].any()
+    assert ActiveOnly.usable(sae.encode(x), x, sae.encode(x).count_nonzero()) and not fired.any(0)[:40].any()
     assert not fired.any(1).all() and fired.any(1).any()
     sae.encoder.bias.data -= 100 * silent  # then not a single one fires
     results = []
     for use in True, False:
         calls = []
-        monkeypatch.setattr(ActiveOnly, "usable", staticmethod(lambda features, x: calls.append(use) or use))
+        monkeypatch.setattr(ActiveOnly, "usable", staticmethod(lambda features, x, n_active: calls.append(use) or use))
         sae.zero_grad()
         value, terms = compute_loss(gpt, sae, tokens, config)
         value.backward()
@@ -779,7 +779,7 @@ def test_concepts_of_a_planted_feature(tmp_path, tiny, monkeypatch, capsys):
     truth = rng.random(2048) < 0.03
     x = torch.from_numpy(rng.normal(size=(2048, 16)) + truth[:, None]).float()
     x += (3 * torch.from_numpy(truth) - x.mean(1))[:, None]  # the mean is 3 or 0
-    monkeypatch.setattr(e2e_sae, "labelled_tokens", lambda tokenizer: (np.zeros(2048, np.uint16), {"planted": truth}))
+    monkeypatch.setattr(stdlib, "labelled_tokens", lambda tokenizer: (np.zeros(2048, np.uint16), {"planted": truth}))
     monkeypatch.setattr(e2e_sae, "residuals", lambda gpt, rows, layer: x)
     torch.manual_seed(0)
     sae = SAE(16, 4)
