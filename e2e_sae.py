@@ -615,8 +615,8 @@ def features_page(gpt, sae, tokens, layer, title, ids=None):
                 activation {peak[row]:.2f}; next token, without → with: {chips}""")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
         <title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>
-        <p>{len(ids)} of {len(effect):,} features. Effect: KL added by removal, to first order. The five
-        strongest contexts, then weaker ones; boxed: where it is removed.</p>{"".join(shown)}</html>"""
+        <p>{len(ids)} of {len(effect):,} features. Effect: KL added by removal, to first order.
+        Five strongest contexts, then weaker; boxed: the removal.</p>{"".join(shown)}</html>"""
 
 
 # ---- The command line ----------------------------------------------------------------------------
