@@ -214,6 +214,7 @@ def print_concepts(names):
 
 
 def main():
+    """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("saes", nargs="+", metavar="SAE", help="run folders, or as SAE.load takes")
     print_concepts(parser.parse_args().saes)

@@ -92,6 +92,7 @@ def load_tokens(split):
 
 
 def main():
+    """Read the command line and make the text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--subsets", type=int, default=1, choices=range(1, 22), metavar="N",
                         help="how many of the 21 subsets (default: 1); ignored if train.bin exists")

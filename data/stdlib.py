@@ -198,6 +198,7 @@ def make(folder, steps):
 
 
 def main():
+    """Read the command line and make the model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=gpt2.DATA / "stdlib", help="for the files")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training (default: {STEPS})")
