@@ -61,7 +61,7 @@ import torch.nn.functional as F
 import gpt2
 from data import held_out, load_tokens, run_command, windows
 from gpt2 import (  # `ensure` raises a one-line UserError, `writing` swaps a file in atomically
-    GPT, ensure, load_tokenizer, lock, progress, read_json, reading, write_json, writing)
+    GPT, OPENAI, ensure, load_tokenizer, lock, progress, read_json, reading, write_json, writing)
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Config:
     loss: str = setting("local, e2e, e2e_ds or finish", "e2e")
     init: str = setting("start from this SAE: a run's folder, a .pt file or apollo:NAME")
     sparsity: float = setting(f"λ, weight of the features' L1 norm (by loss: {SPARSITY})",
-                              lambda c: SPARSITY[c.loss][c.model not in gpt2.OPENAI])
+                              lambda c: SPARSITY[c.loss][c.model not in OPENAI])
     downstream: float = setting("β (2.5; layer 10 0.05)", lambda c: 0.05 if c.layer == 10 else 2.5)
     n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
     n_sequences: int = setting("sequences to train on, in whole batches", 400_000, 3_200)
@@ -111,7 +111,7 @@ class Config:
     def __post_init__(self):
         ensure(self.loss in (None, *SPARSITY), f"--loss {self.loss}: one of {', '.join(SPARSITY)}")
         for f in fields(self):
-            default = f.metadata["defaults"][-(self.model not in (None, *gpt2.OPENAI))]
+            default = f.metadata["defaults"][-(self.model not in (None, *OPENAI))]
             if getattr(self, f.name) is None:
                 setattr(self, f.name, default(self) if callable(default) else default)
             value, low = getattr(self, f.name), f.type is int and f.name not in ("layer", "seed")
@@ -237,7 +237,7 @@ class KLLoss(torch.autograd.Function):
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
         n, kl, gradient = len(h_spliced), 0.0, torch.empty_like(h_spliced)
-        chunk = max(2**24 // len(unembedding) // 64 * 64, n // 16)  # from 64 MB of logits
+        chunk = max(64, 2**24 // len(unembedding) // 64 * 64, n // 16)  # from 64 MB of logits
         for s, c, g in zip(h_spliced.split(chunk), h_clean.split(chunk), gradient.split(chunk)):
             y = (unembedding @ c.T).to(c.dtype)  # (vocab, chunk): rows of 50,257, odd, are slow
             y_hat = y + unembedding @ (s - c).T  # so that bfloat16 rounds both logits alike
@@ -388,7 +388,7 @@ def set_up(config):
            f"{config.loss} on {config.model}")
     ensure(1 < config.context <= longest, f"--context {config.context}: must be 2 to {longest}")
     torch.manual_seed(config.seed)
-    n_features = config.n_features or d_model * (60 if config.model in gpt2.OPENAI else 8)
+    n_features = config.n_features or d_model * (60 if config.model in OPENAI else 8)
     sae = SAE.load(config.init) if config.init else SAE(d_model, n_features)
     place = sae.made_for.get("layer", config.layer), *sae.encoder.weight.shape
     config.n_features = config.n_features or place[1]
