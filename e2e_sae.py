@@ -32,7 +32,7 @@ distributions; `downstream` the mean squared error of the residual stream enteri
 data/stdlib/, at 54 to 59 active features per token, reading x_hat costs 0.49 nats of cross-entropy
 per token with `local`, 0.22 with `e2e`, 0.21 with `e2e_ds`, and 79, 37 and 71 % of x's variance are
 explained (means of two seeds). Use e2e_ds to keep activations near the model's own, e2e if only its
-output counts; or 70 % local, then 30 % `--loss finish --init RUN`, which closes 89 % of the gap.
+output counts; or 70 % local, then 30 % `--loss finish --init RUN`: at least 89 % of e2e's gain.
 
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      a minute on two CPU cores
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
