@@ -537,9 +537,9 @@ def effects(gpt, sae, tokens, layer):
     for batch in tokens.split(4):
         x = entering(gpt, batch, layer)
         features = sae.encode(x).detach().requires_grad_()
-        log_p, log_q = (gpt.unembed(run_blocks(gpt, a, layer)[-1]).log_softmax(-1)
-                        for a in (x, sae.decode(features)))
-        kl = (log_p.exp() * (log_p - log_q)).sum()
+        h_clean, h_spliced = (gpt.ln_f(run_blocks(gpt, a, layer)[-1]).flatten(0, 1)
+                              for a in (x, sae.decode(features)))
+        kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight) * len(h_clean)  # a sum over tokens
         effect -= (features.detach() * torch.autograd.grad(kl, features)[0]).sum((0, 1))
         fired += (features > 0).sum((0, 1))
     return effect, fired

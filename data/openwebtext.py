@@ -20,7 +20,6 @@ from itertools import islice
 import numpy as np
 
 import gpt2
-from data import run_command
 from gpt2 import download, ensure, load_tokenizer, lock, progress, reading, writing
 
 REPO = "datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
@@ -100,4 +99,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from data import run_command
+
     run_command(main)

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import gpt2
-from data import run_command, windows
 from gpt2 import ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, progress
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
@@ -158,7 +157,7 @@ def save_model(gpt, tokens, folder):
     out again (its epsilon is scaled too), and ln_f makes up for the unembedding, which is wte.
     """
     n, end = gpt.config.n_positions, gpt.config.vocab_size - 1  # end: end-of-text
-    x = gpt.embed(torch.from_numpy(windows(tokens[: 64 * n], n).astype(np.int64)))
+    x = gpt.embed(torch.from_numpy(tokens[: 64 * n].astype(np.int64)).unfold(0, n, n))
     for block in gpt.h[: len(gpt.h) // 2]:
         x = block(x)
     scale = 1 / x.pow(2).mean().sqrt()
@@ -178,9 +177,8 @@ def save_model(gpt, tokens, folder):
 
 def validation_loss(gpt, tokens):
     """Mean cross-entropy in nats per token, on non-overlapping windows of the longest context."""
-    text = windows(tokens, gpt.config.n_positions).astype(np.int64)
-    losses = []
-    for batch in torch.from_numpy(text).split(64):
+    n, losses = gpt.config.n_positions, []
+    for batch in torch.from_numpy(tokens.astype(np.int64)).unfold(0, n, n).split(64):
         y, targets = gpt(batch[:, :-1]), batch[:, 1:]
         losses.append(F.cross_entropy(y.flatten(0, 1), targets.flatten(), reduction="none"))
     return torch.cat(losses).mean()
@@ -206,4 +204,6 @@ def main():
 
 
 if __name__ == "__main__":
+    from data import run_command
+
     run_command(main)
