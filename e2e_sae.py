@@ -1,14 +1,14 @@
-r"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
+"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
 
 Braun, Taylor, Goldowsky-Dill, Sharkey: "Identifying Functionally Important Features with
 End-to-End Sparse Dictionary Learning", NeurIPS 2024, arXiv 2405.12241.
 
-At each token GPT-2 keeps a vector, the residual stream, which every block reads and adds to. Let x
+For each token GPT-2 keeps a vector, the residual stream, which every block reads and adds to. Let x
 be that vector where it enters one block. A sparse autoencoder (SAE) writes x as a sum of a few
-elements of a large dictionary; an element's coefficient is called a feature:
+elements of a large dictionary; the coefficient of an element is called a feature:
 
-    features = relu(W_e x + b_e)               one per dictionary element, most of them zero
-    x_hat    = sum_i features_i d_i + b_d      the d_i are the dictionary elements, unit vectors
+    features = relu(x @ W_enc + b_enc)         one per dictionary element, most of them zero
+    x_hat    = features @ dictionary + b_dec   the rows of the dictionary are unit vectors
 
 Usually an SAE is trained to reconstruct x. But the directions in which x varies most need not be
 those that the model uses, so such an SAE spends features on what does not matter and misses some
@@ -17,38 +17,49 @@ the SAE so that the model's *output* stays the same. The model is frozen; only t
 
     tokens -> embed -> blocks[:layer] -> x -------> blocks[layer:] -> unembed -> y       clean
                                          | \              |                      |
-                                        SAE  mse      downstream                 kl
+                                        SAE  mse    downstream_mse               kl
                                          | /              |                      |
                                          x_hat ---> blocks[layer:] -> unembed -> y_hat   spliced
 
-    --loss local     mse + λ sparsity                      reconstruct x: the usual SAE
-    --loss e2e       kl + λ sparsity                       preserve the output
-    --loss e2e_ds    kl/2 + β downstream + λ sparsity      preserve the later layers, too
-    --loss finish    (α kl + mse)/2 + λ sparsity           ends a local run (--init): α = mse/kl
+    --loss local     mse + λ l1                         reconstruct x: the usual SAE
+    --loss e2e       kl + λ l1                          preserve the output
+    --loss e2e_ds    kl/2 + β downstream_mse + λ l1     preserve the later layers, too
+    --loss finish    (α kl + mse)/2 + λ l1              end a local run end to end (see --init)
 
-`mse` is the mean squared error of x_hat; `kl` the divergence between the two next-token
-distributions; `downstream` the mean squared error of the residual stream entering later layers;
-`sparsity` the features' L1 norm, which keeps most of them at zero. On the small model in
-data/stdlib/, at 54 to 59 active features per token, reading x_hat costs 0.49 nats of cross-entropy
-per token with `local`, 0.22 with `e2e`, 0.21 with `e2e_ds`, and 79, 37 and 71 % of x's variance are
-explained (means of two seeds). Use e2e_ds to keep activations near the model's own, e2e if only its
-output counts; or 70 % local, then 30 % `--loss finish --init RUN`: at least 89 % of e2e's gain.
+`kl` is the divergence between the two next-token distributions, in nats; `mse` the mean squared
+error of x_hat, `downstream_mse` that of the residual streams entering the later blocks; `l1` is the
+sum of a token's features (they are never negative) over d_model, which keeps most of them at zero.
+λ (--sparsity) and β (--downstream) are weights, set once for a run: a larger λ means fewer active
+features and a worse output. α = mse/kl is held constant in the gradient, so that kl and mse pull
+equally. Adam divides the scale of a loss out again, so only the ratio of its weights matters.
+
+On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
+token, CE increase what the model's next-token loss grows by, in nats, if it reads x_hat for x):
+
+    --loss     L0    CE increase    variance of x explained
+    local      58           0.49                      79 %
+    e2e        55           0.22                      37 %
+    e2e_ds     56           0.21                      71 %
+
+Use e2e if only the model's output counts, e2e_ds to keep its later activations near its own, too,
+and local, then finish, if most of the training has to be cheap.
 
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      a minute on two CPU cores
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
 """
 
 import argparse
+import functools
 import html
 import json
 import math
 import os
 import re
 import signal
+import sys
 import time
-import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -58,163 +69,47 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import gpt2
-from data import held_out, load_tokens, run_command, windows
-from gpt2 import (  # `ensure` raises a one-line UserError, `writing` swaps a file in atomically
-    GPT, OPENAI, ensure, load_tokenizer, lock, progress, read_json, reading, write_json, writing)
-
-# ---- Settings ------------------------------------------------------------------------------------
-
-SPARSITY = {  # default λ by loss: for OpenAI's models (the paper's), for data/stdlib/
-    "local": (6.0, 1.15), "e2e": (1.5, 1.8), "e2e_ds": (10.0, 5.0), "finish": (6.0, 1.15)}
-EXECUTION = "device", "dtype", "compile", "micro_batch", "checkpoint_minutes"  # see Config
-
-
-def setting(help, *defaults):
-    """A field of Config: its help, the paper's default (a value or a function of the settings above
-    it), and the default for other models than OpenAI's if that differs."""
-    if defaults and not callable(defaults[0]):
-        help += f" (default {'; stdlib '.join(map(str, defaults))})"
-    return field(default=None, metadata={"help": help, "defaults": defaults or [None]})
-
-
-@dataclass
-class Config:
-    """A run's settings: `n_sequences` is the flag --n-sequences and an entry of config.json. None
-    becomes the default: the paper's for OpenAI's models, for any other model one that suits
-    data/stdlib/ and two CPU cores. UserError if a value is out of range."""
-    model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder", "gpt2")
-    layer: int = setting("the SAE reads the residual stream entering this block", 6, 3)
-    loss: str = setting("local, e2e, e2e_ds or finish", "e2e")
-    init: str = setting("start from this SAE: a run's folder, a .pt file or apollo:NAME")
-    sparsity: float = setting(f"λ, weight of the features' L1 norm (by loss: {SPARSITY})",
-                              lambda c: SPARSITY[c.loss][c.model not in OPENAI])
-    downstream: float = setting("β (2.5; layer 10 0.05)", lambda c: 0.05 if c.layer == 10 else 2.5)
-    n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
-    n_sequences: int = setting("sequences to train on, in whole batches", 400_000, 3_200)
-    context: int = setting("tokens per sequence", 1024, 128)
-    batch_size: int = setting("sequences per optimizer step", 16, 4)
-    lr: float = setting("Adam's learning rate, which falls to a tenth along a cosine", 5e-4, 5e-3)
-    n_eval: int = setting("held-out sequences to evaluate on", 500)
-    seed: int = setting("of the SAE's initialisation and the order of the text", 0)
-    # Execution settings: they change the result by rounding only, so --resume may change them
-    device: str = setting("cuda, mps or cpu (cuda if there is one)",
-                          lambda c: "cuda" if torch.cuda.is_available() else "cpu")
-    dtype: str = setting("float32 or bfloat16 for matrix products (bfloat16 on cuda)",
-                         lambda c: "bfloat16" if c.device == "cuda" else "float32")
-    compile: bool = setting("torch.compile the loss (on cuda)", lambda c: c.device == "cuda")
-    micro_batch: int = setting("sequences in memory at once (batch_size)", lambda c: c.batch_size)
-    checkpoint_minutes: float = setting("minutes between checkpoints", 10.0)
-    out: str = setting("the run's folder (out/MODEL-layerN-LOSS)",
-                       lambda c: f"out/{Path(c.model).name}-layer{c.layer}-{c.loss}")
-
-    def __post_init__(self):
-        ensure(self.loss in (None, *SPARSITY), f"--loss {self.loss}: one of {', '.join(SPARSITY)}")
-        for f in fields(self):
-            default = f.metadata["defaults"][-(self.model not in (None, *OPENAI))]
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, default(self) if callable(default) else default)
-            value, low = getattr(self, f.name), f.type is int and f.name not in ("layer", "seed")
-            fits = f.type not in (int, float) or value is None or low <= value < 1e9
-            ensure(fits, f"--{f.name.replace('_', '-')} {value}: must be from {low:d} to 1e9")
-        ensure(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype}: float32 or bfloat16")
-        devices = "cpu", "mps", "cuda" * torch.cuda.is_available()
-        ensure(self.device in devices, f"--device {self.device}: not found here; use --device cpu")
+from gpt2 import GPT, UserError, ensure, progress, read_json, reading, write_json, writing
 
 
 # ---- The sparse autoencoder ----------------------------------------------------------------------
 
-APOLLO = "apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d"
-
-
 class SAE(nn.Module):
     """The paper's sparse autoencoder (section 2): one hidden layer, ReLU, unit dictionary elements.
 
-    The dictionary is normalised in the forward pass. Otherwise features, and with them their L1
-    norm, could shrink at no cost while the decoder grows.
+    The rows of W_dec are normalised in the forward pass. Otherwise the features, and with them l1,
+    could shrink at no cost while W_dec grows.
     """
     def __init__(self, d_model, n_features):
         super().__init__()
-        self.encoder = nn.Linear(d_model, n_features)
-        self.decoder = nn.Linear(n_features, d_model)
-        # (d_model, n_features) as PyTorch has it, but an element's numbers are adjacent in memory
-        self.decoder.weight = nn.Parameter(torch.empty(n_features, d_model).T)
-        nn.init.orthogonal_(self.decoder.weight.T)
-        self.made_for = {}  # after `load`: its model, layer and context
+        # All but the dictionary start as nn.Linear's do: uniform within 1 / sqrt(inputs)
+        bound = d_model**-0.5
+        self.W_enc = nn.Parameter(torch.empty(d_model, n_features).uniform_(-bound, bound))
+        self.b_enc = nn.Parameter(torch.empty(n_features).uniform_(-bound, bound))
+        self.W_dec = nn.Parameter(nn.init.orthogonal_(torch.empty(n_features, d_model)))
+        bound = n_features**-0.5
+        self.b_dec = nn.Parameter(torch.empty(d_model).uniform_(-bound, bound))
+        self.made_for = {}  # after `load_sae`: its model, layer and context
 
     @property
     def dictionary(self):
         """The dictionary elements, unit rows (n_features, d_model)."""
-        return self.decoder.weight.T * (1 / self.decoder.weight.norm(dim=0)[:, None])
+        return self.W_dec * (1 / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     def encode(self, x):
         """x (..., d_model) -> features (..., n_features), most of them zero."""
-        return F.relu(self.encoder(x))
+        # Not x @ W_enc + b_enc: under bfloat16 autocast that keeps the features twice
+        return F.relu(F.linear(x, self.W_enc.T, self.b_enc))
 
-    def decode(self, features, active=math.inf):
-        """features (..., n_features) -> x_hat (..., d_model). If few of the features are nonzero
-        (give their number, `active`), skipping the zeros is faster on a CPU."""
-        if features.is_cpu and not torch.compiler.is_compiling() and active < features.numel() / 20:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch announces that CSR tensors are in beta
-                nonzero = features.flatten(0, -2).to_sparse_csr()  # (token, n_features)
-            x_hat = torch.sparse.mm(nonzero, self.dictionary).unflatten(0, features.shape[:-1])
-        else:
-            x_hat = features @ self.dictionary
-        return x_hat + self.decoder.bias
+    def decode(self, features):
+        """features (..., n_features) -> x_hat (..., d_model)."""
+        return features @ self.dictionary + self.b_dec
 
     def forward(self, x):
         """x (..., d_model) -> x_hat (..., d_model)."""
         return self.decode(self.encode(x))
-
-    def save(self, folder, model, layer, context):
-        """Write `cfg.json` and `sae_weights.safetensors`, which SAELens loads as they are."""
-        cfg = f"""{{
-          "architecture": "standard", "dtype": "float32", "device": "cpu",
-          "d_in": {self.encoder.in_features}, "d_sae": {self.encoder.out_features},
-          "apply_b_dec_to_input": false, "normalize_activations": "none",
-          "reshape_activations": "none", "metadata": {{
-            "sae_lens_version": "6.0.0", "model_name": {json.dumps(str(model))},
-            "hook_name": "blocks.{layer}.hook_resid_pre", "context_size": {context},
-            "prepend_bos": false, "neuronpedia_id": null}}
-        }}"""
-        tensors = {"W_enc": self.encoder.weight.T, "b_enc": self.encoder.bias,
-                   "W_dec": self.dictionary, "b_dec": self.decoder.bias}
-        gpt2.write_safetensors(f"{folder}/sae_weights.safetensors", tensors)
-        write_json(f"{folder}/cfg.json", json.loads(cfg))
-
-    @classmethod
-    def load(cls, path_or_name):
-        """Load a folder of `save` or SAELens, a .pt file of the paper's library, or one of the
-        paper's SAEs by name, as in apollo:e2e_similar_ce_layer_6 (fetched once). `made_for` gets
-        its model, layer and context. UserError if it is not the paper's kind of SAE."""
-        path = Path(path_or_name)
-        if path.name.startswith("apollo:"):
-            path = Path(f"{gpt2.DATA}/apollo/{path.name.removeprefix('apollo:')}.pt")
-            gpt2.download(f"{gpt2.HUB}/{APOLLO}/{path.name}", path)
-        if path.is_dir():
-            cfg = read_json(f"{path}/cfg.json")
-            tensors = gpt2.read_safetensors(f"{path}/sae_weights.safetensors")
-            with reading(path):
-                plain = cfg["architecture"] == "standard" and not cfg["apply_b_dec_to_input"]
-                ensure(plain, "it is not the paper's kind of SAE")
-                norms = tensors["W_dec"].norm(dim=1)  # SAELens: not 1; fold them into the encoder
-                W_enc, b_enc = (tensors["W_enc"] * norms).T.contiguous(), tensors["b_enc"] * norms
-                weights = W_enc, b_enc, tensors["W_dec"].T, tensors["b_dec"]
-                place, model, context = (cfg["metadata"][k] for k in (
-                    "hook_name", "model_name", "context_size"))
-        else:
-            with reading(path):
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-                weights = [tensors[key] for key in sorted(tensors, reverse=True)]  # encoder first
-                place, model, context = min(tensors).replace("-", "."), "gpt2", 1024
-        with reading(path), torch.device("meta"):  # "meta": no memory, no initialisation
-            sae = cls(*weights[2].shape)
-            state = {key: weight.clone() for key, weight in zip(sae.state_dict(), weights)}
-            sae.load_state_dict(state, assign=True)
-            layer = int(re.match(r"blocks\.(\d+)\.hook_resid_pre", place)[1])
-        sae.made_for = {"model": model, "layer": layer, "context": context}
-        return sae
 
 
 # ---- The KL divergence ---------------------------------------------------------------------------
@@ -222,31 +117,38 @@ class SAE(nn.Module):
 class KLLoss(torch.autograd.Function):
     """Mean over positions of KL(clean || spliced) in nats, without all logits in memory. It equals
 
-        log_p, log_q = (h_clean @ W.T).log_softmax(-1), (h_spliced @ W.T).log_softmax(-1)
+        log_p = (h_clean @ W.T).log_softmax(-1)
+        log_q = (h_spliced @ W.T).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    Why this way round: KL(p || q) = sum_v p_v (log p_v - log q_v) is large where q is small on a
-    token that the clean model, p, finds likely. All that GPT-2 finds likely must stay likely.
+    KL(p || q) is large where q is small on a token that the clean model, p, finds likely. So what
+    GPT-2 finds likely must stay likely.
 
-    For one position the gradient at the spliced logits y_hat is q - p, since log q_v = y_hat_v
-    - log sum_w exp y_hat_w and sum_v p_v = 1; so the gradient at h_spliced is W.T (q - p), known as
-    soon as p and q are (W itself is frozen). `forward` takes a chunk of positions at a time, keeps
-    this gradient (pos, d_model), and forgets the chunk's logits (vocab, pos).
+    At one position the gradient at the spliced logits is q - p, hence (q - p) @ W at h_spliced: it
+    is known as soon as p and q are. `forward` takes a chunk of positions at a time, keeps this
+    gradient (pos, d_model), and forgets the chunk's logits. W is frozen and gets none.
     """
     @staticmethod
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
-        n, kl, gradient = len(h_spliced), 0.0, torch.empty_like(h_spliced)
-        chunk = max(64, 2**24 // len(unembedding) // 64 * 64, n // 16)  # from 64 MB of logits
-        for s, c, g in zip(h_spliced.split(chunk), h_clean.split(chunk), gradient.split(chunk)):
-            y = (unembedding @ c.T).to(c.dtype)  # (vocab, chunk): rows of 50,257, odd, are slow
+        n_pos, vocab = len(h_clean), len(unembedding)
+        chunk = max(64, 2**24 // vocab // 64 * 64)  # positions: 64 MB of logits in float32
+        chunk = max(chunk, n_pos // 16)  # torch.compile unrolls the loop: keep it short
+        kl = 0.0
+        gradient = torch.empty_like(h_spliced)
+        for start in range(0, n_pos, chunk):
+            c = h_clean[start : start + chunk]
+            s = h_spliced[start : start + chunk]
+            # Logits are (vocab, pos) here: (pos, vocab) is slower where vocab is odd, as 50,257 is.
+            y = (unembedding @ c.T).to(c.dtype)  # c.dtype: autocast must not round the softmax
             y_hat = y + unembedding @ (s - c).T  # so that bfloat16 rounds both logits alike
-            log_p, log_q = y.log_softmax(0), y_hat.log_softmax(0)
+            log_p = y.log_softmax(0)
+            log_q = y_hat.log_softmax(0)
             p = log_p.exp()
             kl += (p * (log_p - log_q)).sum()
-            g.copy_((log_q.exp() - p).T @ unembedding)
-        ctx.save_for_backward(gradient / n)
-        return kl / n
+            gradient[start : start + chunk] = (log_q.exp() - p).T @ unembedding
+        ctx.save_for_backward(gradient / n_pos)
+        return kl / n_pos
 
     @staticmethod
     def backward(ctx, grad_kl):
@@ -257,8 +159,8 @@ class KLLoss(torch.autograd.Function):
 # ---- The spliced forward pass and the four losses ------------------------------------------------
 
 def run_blocks(gpt, x, first, last=None):
-    """Run x (batch, pos, d_model) through the blocks first to last - 1. Returns the residual
-    streams entering each of them, the first being x, and the one that leaves the last."""
+    """Run x (batch, pos, d_model) through the blocks gpt.h[first:last]. Returns the list
+    [x, after block first, after block first + 1, ..., after block last - 1]."""
     residuals = [x]
     for block in gpt.h[first:last]:
         residuals.append(block(residuals[-1]))
@@ -267,51 +169,55 @@ def run_blocks(gpt, x, first, last=None):
 
 @torch.no_grad()
 def entering(gpt, tokens, layer):
-    """The clean residual stream entering a layer: tokens (batch, pos) -> (batch, pos, d_model). The
+    """The clean residual stream entering a block: tokens (batch, pos) -> (batch, pos, d_model). Its
     mean over d_model is zero: every reader's LayerNorm would subtract it anyway (see gpt2.py)."""
     return run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]
 
 
 def compute_loss(gpt, sae, tokens, config):
-    """One of the four losses on tokens (batch, pos): (loss, unweighted terms).
+    """One of the four losses on tokens (batch, pos): (loss, its terms before weighting).
 
-    GPT-2's parameters are frozen (gpt2.GPT sets requires_grad to False) and the clean run is a
-    constant target, so gradients reach the SAE's parameters only: through the frozen later blocks.
-    Cost, in operations of matrix products per token for GPT-2 small, layer 6, 46,080 features: the
-    first six blocks take 85 million, the SAE 354 (5 products, 2 d_model n_features each: encode,
-    decode, then the gradients of features and of both weights). That is `local`, 440 million. The
-    others run later blocks and unembedding (162) thrice, clean, spliced and backward: 925 million.
+    Gradients reach the SAE's parameters only, through the later blocks: GPT-2's parameters are
+    frozen (gpt2.GPT sets requires_grad to False), and the clean run is a constant target.
+
+    Cost for GPT-2 small, layer 6, 46,080 features, in million operations of matrix products per
+    token: the blocks before the SAE 85; the SAE 354, in five products (encode, decode, and the
+    gradients of the features and of both matrices; x needs none); that is `local`, 85 + 354 = 439.
+    The later blocks and the unembedding cost 162, and the other losses run them three times (clean,
+    spliced, and backward through spliced): 439 + 3 * 162 = 925.
     """
     x = entering(gpt, tokens, config.layer)  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
-    n_active = features.count_nonzero()
-    x_hat = sae.decode(features, n_active).to(x.dtype)  # (batch, pos, d_model)
-    # L1 is divided by d_model below, as mse is a mean over it; bfloat16 is too coarse to sum in
-    l1 = features.sum(-1, dtype=x.dtype)
-    terms = {"l0": n_active / l1.numel(), "sparsity": l1.mean() / x.shape[-1]}
-    penalty = config.sparsity * terms["sparsity"]
-    del features  # the largest tensor: free it, unless the backward pass needs it
-    if config.loss in ("local", "finish"):
-        mse = terms["mse"] = F.mse_loss(x_hat, x)
-    if config.loss == "local":  # the blocks after `layer` do not run at all
-        return mse + penalty, terms
+    x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
+    n_tokens, d_model = tokens.numel(), x.shape[-1]
+    l1 = features.sum(-1, dtype=x.dtype).mean() / d_model  # dtype: bfloat16 is too coarse to sum in
+    mse = F.mse_loss(x_hat, x)
+    terms = {"l0": features.count_nonzero() / n_tokens, "l1": l1, "mse": mse}
+    if config.loss == "local":  # the blocks from `layer` on do not run at all
+        return mse + config.sparsity * l1, terms
+
     with torch.no_grad():
-        clean = run_blocks(gpt, x, config.layer)  # entering layer, layer + 1, ..., leaving the last
+        clean = run_blocks(gpt, x, config.layer)  # entering `layer`, `layer` + 1, ..., and the last
     spliced = run_blocks(gpt, x_hat, config.layer)
-    h_spliced, h_clean = (gpt.ln_f(run[-1]).flatten(0, 1) for run in (spliced, clean))
-    kl = terms["kl"] = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight)
+    h_clean = gpt.ln_f(clean[-1]).flatten(0, 1)  # (batch * pos, d_model)
+    h_spliced = gpt.ln_f(spliced[-1]).flatten(0, 1)
+    kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight)
+    terms["kl"] = kl
+    if config.loss == "finish":  # Karvonen 2025, arXiv 2503.17272
+        alpha = (mse / kl).detach()  # a constant: it brings the gradient of kl to the size of mse's
+        return 0.5 * (alpha * kl + mse) + config.sparsity * l1, terms
+
+    terms["mse"] = mse.detach()  # below it is shown, not minimised
     if config.loss == "e2e":
-        return kl + penalty, terms
-    if config.loss == "finish":  # Karvonen 2025, arXiv 2503.17272: for the end of a local run
-        alpha = (mse / kl).detach()  # brings kl to the size of mse
-        return 0.5 * (alpha * kl + mse) + penalty, terms
-    # e2e_ds. Of two SAEs with the same kl, prefer the one that computes its output as the clean run
-    # does. Compared are the streams after x and before the output: an error in x itself is what
-    # end-to-end training allows, and the last stream acts through the logits only, which kl covers
-    between = zip(spliced[1:-1], clean[1:-1])  # entering layer + 1 ... n_layer - 1
-    downstream = terms["downstream"] = torch.stack([F.mse_loss(s, c) for s, c in between]).mean()
-    # kl/2 is the paper's: Adam ignores the scale, so this is kl + 2 β downstream + 2 λ sparsity
-    return 0.5 * kl + config.downstream * downstream + penalty, terms
+        return kl + config.sparsity * l1, terms
+
+    # e2e_ds: of two SAEs with the same kl, prefer the one that computes the output as the clean run
+    # does. Compared are the streams entering the blocks after `layer`: not x itself, whose error is
+    # what end-to-end training allows, nor what leaves the last block, which kl compares.
+    errors = [F.mse_loss(s, c) for s, c in zip(spliced[1:-1], clean[1:-1])]
+    downstream_mse = torch.stack(errors).mean()
+    terms["downstream_mse"] = downstream_mse
+    return 0.5 * kl + config.downstream * downstream_mse + config.sparsity * l1, terms
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
@@ -320,183 +226,568 @@ def compute_loss(gpt, sae, tokens, config):
 def evaluate(gpt, sae, tokens, layer):
     """What the model loses if it reads x_hat instead of x, on tokens (sequence, pos): a JSON dict.
 
-    In nats per token: `ce`, the clean model's next-token cross-entropy, `ce_spliced`, their
-    difference `ce_increase`, `ce_ablated` (x replaced by its mean), `kl`. As shares: `ce_recovered`
-    of what ablation costs, `top1_agreement`, `explained_variance` of x. `l0`: active features per
-    token; `alive`: elements, of `n_features`, that fire on `tokens` at all; `l2_ratio`: mean
-    |x_hat| / |x|, apart from position 0 (`l2_ratio_first`), where GPT-2's x is many times longer;
-    `mse`. `_by_layer`: at the SAE's layer and at each later one."""
-    def run(x):  # the streams entering `layer` and each later block, and the log-probabilities
-        *streams, last = run_blocks(gpt, x, layer)
-        return torch.stack(streams).flatten(1, 2), gpt.unembed(last).log_softmax(-1)
-
-    def loss(log_p):  # next-token cross-entropy of the loop's batch
-        return F.nll_loss(log_p[:, :-1].mT, batch[:, 1:])
-    tokens = torch.as_tensor(tokens, device=sae.decoder.bias.device).long()
+    ce, ce_spliced       next-token cross-entropy of the clean and the spliced model (nats per token)
+    ce_increase          ce_spliced - ce
+    ce_ablated           ce with the mean of x, over all tokens, in the place of x
+    ce_recovered         1 - ce_increase / (ce_ablated - ce)
+    kl                   KL(clean || spliced), mean over tokens (nats)
+    top1_agreement       share of tokens at which both models predict the same token
+    l0                   active features per token
+    alive, n_features    dictionary elements that are active at least once on `tokens`; all elements
+    mse                  mean over tokens and d_model of (x_hat - x)^2
+    explained_variance   1 - mse / mean of (x - mean of x)^2
+    ..._by_layer         these two for the streams entering `layer` and each later block
+    l2_ratio             mean of |x_hat| / |x| over all positions but the first
+    l2_ratio_first       and at the first, where GPT-2's x is many times longer
+    tokens               how many tokens
+    """
+    tokens = torch.as_tensor(tokens, device=sae.b_dec.device).long()
     batches = tokens.split(4)  # the logits of more would be large
-    n, mean, fired, r = tokens.numel(), 0, 0, {}
-    for batch in batches:  # first the means, to center the variance on
-        clean, _ = run(entering(gpt, batch, layer))  # (layers, token, d_model)
-        mean += clean.sum(1, keepdim=True) / n
 
+    mean = 0  # of the streams entering `layer` and each later block, (layers, 1, 1, d_model)
+    for batch in batches:
+        clean = torch.stack(run_blocks(gpt, entering(gpt, batch, layer), layer)[:-1])
+        mean = mean + clean.sum((1, 2), keepdim=True) / tokens.numel()
+
+    ce = ce_spliced = kl = top1 = 0  # means over tokens, a batch at a time
+    mse = variance = ratios = fired = 0
     for batch in progress(batches, "evaluating", len(tokens), "sequences"):
+        share = len(batch) / len(tokens)
         x = entering(gpt, batch, layer)
         features = sae.encode(x)  # (batch, pos, n_features)
         x_hat = sae.decode(features)
-        clean, log_p = run(x)
-        spliced, log_q = run(x_hat)
-        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
         fired += (features > 0).sum((0, 1))
-        for name, value in {
-            "ce": loss(log_p),
-            "ce_spliced": loss(log_q),
-            "ce_ablated": loss(run(mean[0].expand_as(x))[1]),
-            "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-            "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(),
-            "l2_ratio": ratio[:, 1:].mean(),
-            "l2_ratio_first": ratio[:, 0].mean(),
-            "mse_by_layer": (spliced - clean).pow(2).mean((1, 2)),
-            "variance": (clean - mean).pow(2).mean((1, 2))
-        }.items():
-            r[name] = r.get(name, 0) + np.array(value.tolist()) * batch.numel() / n
-    increase, explained = r["ce_spliced"] - r["ce"], 1 - r["mse_by_layer"] / r.pop("variance")
-    r |= {
-        "ce_increase": increase, "ce_recovered": 1 - increase / (r["ce_ablated"] - r["ce"]),
-        "mse": r["mse_by_layer"][0],
-        "explained_variance": explained[0], "explained_variance_by_layer": explained,
-        "l0": fired.sum().item() / n, "alive": fired.count_nonzero().item(),
-        "n_features": len(fired), "tokens": n
+        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
+        ratios = ratios + share * ratio.mean(0)
+
+        clean = run_blocks(gpt, x, layer)
+        spliced = run_blocks(gpt, x_hat, layer)
+        log_p = gpt.unembed(clean[-1]).log_softmax(-1)  # (batch, pos, vocab)
+        log_q = gpt.unembed(spliced[-1]).log_softmax(-1)
+        ce += share * F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]).item()
+        ce_spliced += share * F.nll_loss(log_q[:, :-1].mT, batch[:, 1:]).item()
+        kl += share * (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        top1 += share * (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
+
+        clean = torch.stack(clean[:-1])  # (layers, batch, pos, d_model)
+        spliced = torch.stack(spliced[:-1])
+        mse = mse + share * (spliced - clean).pow(2).mean((1, 2, 3))  # (layers,)
+        variance = variance + share * (clean - mean).pow(2).mean((1, 2, 3))
+
+    # Ablation puts the mean of x at every position. Attention over equal values returns that value,
+    # so the model then predicts the same at every position, and a run over one token is enough.
+    log_m = gpt.unembed(run_blocks(gpt, mean[0], layer)[-1]).log_softmax(-1).flatten()  # (vocab,)
+    ce_ablated = -log_m[tokens[:, 1:]].mean().item()
+    explained = 1 - mse / variance
+    return {
+        "ce": ce,
+        "ce_spliced": ce_spliced,
+        "ce_increase": ce_spliced - ce,
+        "ce_ablated": ce_ablated,
+        "ce_recovered": 1 - (ce_spliced - ce) / (ce_ablated - ce),
+        "kl": kl,
+        "top1_agreement": top1,
+        "l0": fired.sum().item() / tokens.numel(),
+        "alive": fired.count_nonzero().item(),
+        "n_features": len(fired),
+        "mse": mse[0].item(),
+        "explained_variance": explained[0].item(),
+        "mse_by_layer": mse.tolist(),
+        "explained_variance_by_layer": explained.tolist(),
+        "l2_ratio": ratios[1:].mean().item(),
+        "l2_ratio_first": ratios[0].item(),
+        "tokens": tokens.numel(),
     }
-    return {name: np.array(value).tolist() for name, value in r.items()}
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+# Defaults: the paper's, for GPT-2, and for the embedded model some that suit two CPU cores
+PAPER = {"layer": 6, "n_sequences": 400_000, "context": 1024, "batch_size": 16, "lr": 5e-4}
+STDLIB = {"layer": 3, "n_sequences": 3_200, "context": 128, "batch_size": 4, "lr": 5e-3}
+PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0, "finish": 6.0}
+STDLIB_SPARSITY = {"local": 1.15, "e2e": 1.8, "e2e_ds": 5.0, "finish": 1.15}
+# Execution settings change the result by rounding only (but for `finish`, whose α is the
+# micro-batch's), so --resume may change them
+EXECUTION = ("device", "dtype", "compile", "micro_batch", "checkpoint_minutes")
+
+
+def setting(help):
+    """A field of Config with its line for --help. Its default is filled in later."""
+    return field(default=None, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """A run's settings: `n_sequences` is the flag --n-sequences and an entry of config.json. What
+    is None gets its default. UserError if a value is out of range or does not fit the model."""
+    model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
+    text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder with "
+                        "train.bin and val.bin (what the model was trained on)")
+    layer: int = setting("the SAE reads the residual stream entering this block (6; stdlib 3)")
+    loss: str = setting("local, e2e, e2e_ds or finish (e2e)")
+    init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
+                        "paper's library, or apollo:NAME, one of the paper's own SAEs")
+    sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY})")
+    downstream: float = setting("β, the weight of downstream_mse (2.5; layer 10 0.05)")
+    n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
+    n_sequences: int = setting("sequences to train on, in whole batches (400,000; stdlib 3,200)")
+    context: int = setting("tokens per sequence (1024; stdlib 128)")
+    batch_size: int = setting("sequences per optimizer step (16; stdlib 4)")
+    lr: float = setting("Adam's learning rate, which falls to a tenth (5e-4; stdlib 5e-3)")
+    n_eval: int = setting("held-out sequences to evaluate on (500)")
+    seed: int = setting("of the SAE's initialisation and the order of the text (0)")
+    device: str = setting("cuda, mps or cpu (cuda if there is one)")
+    dtype: str = setting("float32 or bfloat16 for matrix products (bfloat16 on cuda)")
+    compile: bool = setting("torch.compile the loss (on cuda)")
+    micro_batch: int = setting("sequences in memory at once (batch_size)")
+    checkpoint_minutes: float = setting("minutes between checkpoints (10)")
+    out: str = setting("the run's folder (out/MODEL-layerN-LOSS)")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            right = value is None or type(value) is f.type or (f.type is float and type(value) is int)
+            ensure(right and value != "", f"{flag(f.name)} {value!r}: must be a {f.type.__name__}")
+        fill_in_defaults(self)
+        check(self)
+
+
+def flag(name):
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def fill_in_defaults(config):
+    """Replace each None in the settings by its default."""
+    def default(name, value):
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+    if config.init and None in (config.model, config.layer, config.context, config.n_features):
+        sae = load_sae(config.init, config.layer)
+        for name, value in sae.made_for.items():
+            default(name, value)
+        default("n_features", len(sae.b_enc))
+    default("model", "gpt2")
+    default("loss", "e2e")
+    ensure(config.loss in PAPER_SPARSITY,
+           f"--loss {config.loss}: one of {', '.join(PAPER_SPARSITY)}")
+    sizes = gpt2.model_config(config.model)
+    if config.model == "stdlib":
+        defaults = STDLIB | {"sparsity": STDLIB_SPARSITY[config.loss], "n_features": 8 * sizes.n_embd}
+    else:
+        defaults = PAPER | {"sparsity": PAPER_SPARSITY[config.loss], "n_features": 60 * sizes.n_embd}
+    if config.model not in gpt2.SIZES and config.model != "stdlib":  # fit the model of a folder
+        defaults["layer"] = sizes.n_layer // 2
+        defaults["context"] = min(PAPER["context"], sizes.n_positions)
+    for name, value in defaults.items():
+        default(name, value)
+    default("downstream", 0.05 if config.layer == 10 else 2.5)
+    default("n_eval", 500)
+    default("seed", 0)
+    default("device", "cuda" if torch.cuda.is_available() else "cpu")
+    default("dtype", "bfloat16" if config.device == "cuda" else "float32")
+    default("compile", config.device == "cuda")
+    default("micro_batch", config.batch_size)
+    default("checkpoint_minutes", 10.0)
+    default("out", f"out/{Path(config.model).resolve().name}-layer{config.layer}-{config.loss}")
+    default("text", data.default_text(config.model))
+    if config.text not in ("openwebtext", "stdlib"):
+        config.text = os.path.abspath(config.text)
+
+
+def check(config):
+    """Raise UserError for a setting that is out of range or does not fit the model."""
+    lowest = {"n_features": 1, "n_sequences": 1, "batch_size": 1, "micro_batch": 1, "n_eval": 1,
+              "sparsity": 0, "downstream": 0, "lr": 0, "seed": 0, "checkpoint_minutes": 0}
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        ensure(low <= value < 1e9, f"{flag(name)} {value}: must be from {low} to 1e9")
+    ensure(config.dtype in ("float32", "bfloat16"), f"--dtype {config.dtype}: float32 or bfloat16")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    ensure(config.device in devices,
+           f"--device {config.device}: not found here; use --device {devices[-1]}")
+    sizes = gpt2.model_config(config.model)
+    n_layer = sizes.n_layer
+    if config.loss == "e2e_ds":
+        n_layer -= 1  # it compares the streams entering later blocks, so it needs one
+    ensure(0 <= config.layer < n_layer, f"--layer {config.layer}: must be from 0 to {n_layer - 1} "
+           f"for --loss {config.loss} on {config.model}")
+    ensure(2 <= config.context <= sizes.n_positions,
+           f"--context {config.context}: must be from 2 to {sizes.n_positions}")
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
 def learning_rate(config, done):
-    """The learning rate after `done` sequences: linear warm-up, then a cosine down to a tenth."""
+    """The learning rate after `done` sequences: linear warm-up over the first twentieth, then half
+    a period of a cosine, from lr down to a tenth of it."""
     warmup = config.n_sequences / 20
-    cosine = math.cos(math.pi * (done - warmup) / (config.n_sequences - warmup))
-    return config.lr * min(done / warmup, 0.55 + 0.45 * cosine)
+    if done < warmup:
+        return config.lr * done / warmup
+    progress = (done - warmup) / (config.n_sequences - warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def set_up(config):
-    """GPT-2 and the SAE that a run starts from, if its settings fit them. UserError if not."""
+    """GPT-2 and the SAE that a run starts from, on the run's device."""
     gpt = GPT.from_pretrained(config.model)
-    longest, d_model = gpt.wpe.weight.shape
-    n_layer = len(gpt.h) - (config.loss == "e2e_ds")  # e2e_ds needs a layer after its own
-    ensure(config.layer < n_layer, f"--layer {config.layer}: must be below {n_layer} for --loss "
-           f"{config.loss} on {config.model}")
-    ensure(1 < config.context <= longest, f"--context {config.context}: must be 2 to {longest}")
+    shape = (gpt.config.n_embd, config.n_features)
     torch.manual_seed(config.seed)
-    n_features = config.n_features or d_model * (60 if config.model in OPENAI else 8)
-    sae = SAE.load(config.init) if config.init else SAE(d_model, n_features)
-    place = sae.made_for.get("layer", config.layer), *sae.encoder.weight.shape
-    config.n_features = config.n_features or place[1]
-    ensure(place == (config.layer, config.n_features, d_model), f"--init {config.init}: its layer, "
-           f"n_features and d_model are {place}, those of the run differ")
+    if config.init:
+        sae = load_sae(config.init, config.layer)
+        ensure(sae.W_enc.shape == shape, f"--init {config.init}: its d_model and n_features are "
+               f"{tuple(sae.W_enc.shape)}, those of the run {shape}")
+    else:
+        sae = SAE(*shape)
     return gpt.to(config.device), sae.to(config.device)
 
 
 def train(config, resume=False):
     """Train an SAE with one of the four losses, by the paper's recipe; return the SAE. The folder
     `config.out` gets config.json, log.jsonl, checkpoint.pt, the SAE and eval.json; with `resume`
-    the run there continues. UserError if a setting does not fit the model (then nothing is written)
-    or the loss is not finite; SystemExit after a checkpoint on SIGTERM or Ctrl-C."""
+    the run there continues. UserError if something does not fit (then nothing is written) or the
+    loss is not finite; SystemExit after a checkpoint on SIGTERM, SIGHUP or Ctrl-C."""
     # Under torchrun each process takes its share of every batch; rank 0 also writes and evaluates
-    rank, world = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))
-    batch_size, device, out = config.batch_size, config.device, config.out
+    rank = int(os.getenv("RANK", 0))
+    world = int(os.getenv("WORLD_SIZE", 1))
+    out, device, batch_size = config.out, config.device, config.batch_size
+    ensure(world <= batch_size, f"--batch-size {batch_size}: {world} processes need a sequence each")
+    ensure(resume or not os.path.exists(out),
+           f"{out} exists: --resume {out}, or choose another --out")
     if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group()
+
+    checkpoint = read_checkpoint(out) if resume else None
+    if checkpoint:
+        config = replace(config, init=None)  # the checkpoint has the SAE
     gpt, sae = set_up(config)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    loss_of = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    text = windows(load_tokens(config.model, "train"), config.context)
+    text = data.windows(data.load_tokens(config.model, "train", config.text), config.context)
+    eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / batch_size)
-    path, step, log_size = f"{out}/checkpoint.pt", 0, 0
-    if resume and os.path.exists(path):
-        with reading(path):
-            state = torch.load(path, map_location=device)
-            sae.load_state_dict(state["sae"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, log_size = state["done"]
+    step = 0
+    if checkpoint:
+        step = restore(checkpoint, out, sae, optimizer, text.size)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")
     if rank == 0 and not resume:
-        ensure(not os.path.exists(out), f"{out} exists: --resume {out}, or choose another --out")
         write_json(f"{out}/config.json", vars(config))
-    signals = []  # the first SIGTERM or Ctrl-C is noted, to save after the step; a second kills
-    def note(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
-    for number in signal.SIGTERM, signal.SIGINT:
-        signal.signal(number, note)
-    with (nullcontext() if rank else lock(out, wait=False),
-          open(os.devnull if rank else f"{out}/log.jsonl", "a", 1) as log):  # 1: line by line
+
+    with open_log(out, rank) as log, catch_signals(world) as signals:
         if rank == 0:
-            log.seek(log.truncate(log_size))  # drop the lines of steps that will be repeated
-            print(f"{config.loss}, layer {config.layer} of {config.model}, {config.n_features:,} "
-                  f"features, {device} x {world}: from step {step:,} of {n_steps:,} -> {out}")
-        logged, since, saved = step, time.time(), time.time()
+            print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
+                  f"{config.n_features:,} features, {device} x {world}: from step {step:,} of "
+                  f"{n_steps:,} -> {out}")
+        last_step = step
+        last_time = last_save = time.time()
         while step < n_steps:
             # The batch depends on settings and step only: resumed and multi-GPU runs see the same
             numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
-            rows = text[order[numbers % len(order)]]
-            tokens = torch.from_numpy(rows).long().to(device)  # (batch_size / world, context)
+            rows = text[order[numbers % len(order)]].astype(np.int64)
+            tokens = torch.from_numpy(rows).to(device)  # (batch_size / world, context)
 
             # Forward and backward, one micro-batch at a time
             sums = 0  # of the loss and its terms, weighted to be means over the batch
             for part in tokens.split(config.micro_batch):
                 with autocast:
-                    loss, terms = loss_of(gpt, sae, part, config)
-                weight = len(part) / batch_size
-                (loss * weight).backward()
-                sums += torch.stack([loss, *terms.values()]).detach() * weight
-            for tensor in (sums, *(p.grad for p in sae.parameters())) if world > 1 else ():
-                dist.all_reduce(tensor)
+                    loss, terms = loss_function(gpt, sae, part, config)
+                share = len(part) / batch_size
+                (loss * share).backward()
+                sums += share * torch.stack([loss] + list(terms.values())).detach()
+            if world > 1:
+                dist.all_reduce(sums)
+                for parameter in sae.parameters():
+                    dist.all_reduce(parameter.grad)
 
             # Clip the gradient, set the learning rate, update the SAE
             grad_norm = nn.utils.clip_grad_norm_(sae.parameters(), max_norm=10)
             step += 1
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step * batch_size)
+            lr = learning_rate(config, step * batch_size)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
 
-            # Every tenth step: log and print; save if due
-            if step % 10 and step not in (1, n_steps) and not signals:
+            # Every tenth step: log, save if due, stop if asked to (one process: at once)
+            asked = world == 1 and signals
+            if step % 10 and step not in (1, n_steps) and not asked:
                 continue
-            values = dict(zip(["loss", *terms], sums.tolist()), grad_norm=grad_norm.item())
-            ensure(math.isfinite(sum(values.values())), f"step {step}: the loss is not finite; "
-                   f"start again with an --lr below {config.lr} (the last checkpoint is untouched)")
-            if rank:
-                continue
-            seconds = (time.time() - since) / (step - logged)  # per step
-            logged, since, speed = step, time.time(), batch_size * config.context / seconds
-            line = {"step": step, **values, "lr": lr, "tokens_per_second": speed}
-            log.write(json.dumps(line) + "\n")
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            shown = shown.replace("sparsity", "L1").replace("downstream", "later mse")
-            print(f"{step / n_steps:4.0%}  {shown}  {speed:,.0f} tokens/s  "
-                  f"{seconds * (n_steps - step):,.0f} s left")
-            if signals or step == n_steps or since - saved >= 60 * config.checkpoint_minutes:
-                saved = since
-                with writing(path) as file:
-                    torch.save({"done": (step, log.tell()), "sae": sae.state_dict(),
-                                "optimizer": optimizer.state_dict()}, file)
-            if signals:
-                print(f"stopped after step {step:,}; continue with --resume {out}")
-                raise SystemExit(128 + signals[0])
-        if rank:
+            names = ["loss"] + list(terms)
+            line = {"step": step} | dict(zip(names, sums.tolist()))
+            line |= {"lr": lr, "grad_norm": grad_norm.item()}
+            ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start "
+                   f"again with an --lr below {config.lr} (the last checkpoint is untouched)")
+            seconds = (time.time() - last_time) / (step - last_step)  # per step
+            last_step = step
+            last_time = time.time()
+            if rank == 0:
+                report(line, log, seconds, config, n_steps, signals)
+            stop = agree(signals, world, device)
+            due = step == n_steps or last_time - last_save >= 60 * config.checkpoint_minutes
+            if rank == 0 and (stop or due):
+                last_save = last_time
+                save_checkpoint(out, step, log, text.size, sae, optimizer)
+            if stop:
+                if world > 1:
+                    dist.barrier()  # the others leave after rank 0 has saved
+                if rank == 0:
+                    print(f"stopped after step {step:,}; continue with --resume {out}")
+                raise SystemExit(128 + stop)
+
+        if rank > 0:
             raise SystemExit  # rank 0 evaluates
-        sae.save(out, config.model, config.layer, config.context)
-        result = evaluate(gpt, SAE.load(out).to(device), held_out(config), config.layer)
-        write_json(f"{out}/eval.json", result)
+        save_sae(sae, out, config.model, config.layer, config.context)
+        saved = load_sae(out).to(device)  # so that --evaluate gives the same figures to the last digit
+        write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
     return sae
 
 
-# ---- The method ends here. What follows looks at the result --------------------------------------
+# ---- The method ends here. What follows: signals and files, looking at results, the command line --
+
+@contextmanager
+def catch_signals(world):
+    """A list to which SIGTERM, Ctrl-C and SIGHUP append their number, so that training can save
+    first. In one process the second has its usual effect; under torchrun, which signals its
+    processes more than once, all are only noted."""
+    numbers = []
+    usual = {}
+
+    def restore_handlers():
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        numbers.append(number)
+        if world == 1:
+            restore_handlers()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            usual[number] = signal.signal(number, note)
+    try:
+        yield numbers
+    finally:
+        restore_handlers()
+
+
+def agree(signals, world, device):
+    """The number of a signal that one of the processes got, the same in all of them; 0 for none."""
+    number = signals[0] if signals else 0
+    if world > 1:
+        highest = torch.tensor(number, device=device)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        number = highest.item()
+    return number
+
+
+def report(line, log, seconds, config, n_steps, signals):
+    """Append a line to log.jsonl and print it. A stdout that is gone counts as a signal."""
+    speed = config.batch_size * config.context / seconds
+    log.write(json.dumps(line | {"tokens_per_second": speed}) + "\n")
+    shown = []
+    for name, value in line.items():
+        if name not in ("step", "lr"):
+            shown.append(f"{name} {value:.4g}")
+    left = seconds * (n_steps - line["step"])
+    try:
+        print(f"{line['step'] / n_steps:4.0%}  {'  '.join(shown)}  {speed:,.0f} tokens/s  "
+              f"{left:,.0f} s left")
+    except BrokenPipeError:
+        gpt2.discard_stdout()
+        signals.append(signal.SIGPIPE)
+
+
+@contextmanager
+def open_log(out, rank):
+    """The run's log, line by line, while no other process may use the folder. Only rank 0 writes."""
+    if rank > 0:
+        yield None
+        return
+    with gpt2.lock(out, wait=False), open(f"{out}/log.jsonl", "a", buffering=1) as log:
+        yield log
+
+
+def save_checkpoint(out, step, log, n_tokens, sae, optimizer):
+    """Write what a run needs to continue, atomically."""
+    with writing(f"{out}/checkpoint.pt") as file:
+        torch.save({"step": step, "log_size": log.tell(), "n_tokens": n_tokens,
+                    "sae": sae.state_dict(), "optimizer": optimizer.state_dict()}, file)
+
+
+def read_checkpoint(out):
+    """The checkpoint of a run, or None if it was stopped before the first."""
+    path = f"{out}/checkpoint.pt"
+    if not os.path.exists(path):
+        return None
+    with reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(checkpoint, out, sae, optimizer, n_tokens):
+    """Put a checkpoint's state in place and drop the log of what will be repeated; its step."""
+    with reading(f"{out}/checkpoint.pt"):
+        ensure(checkpoint["n_tokens"] == n_tokens, f"the run read a text of "
+               f"{checkpoint['n_tokens']:,} tokens, and --text now has {n_tokens:,}")
+        sae.load_state_dict(checkpoint["sae"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        log = f"{out}/log.jsonl"
+        if os.path.exists(log) and os.path.getsize(log) > checkpoint["log_size"]:
+            os.truncate(log, checkpoint["log_size"])
+        return checkpoint["step"]
+
+
+# ---- Files: SAEs as this file, SAELens and the paper's library write them ------------------------
+
+APOLLO = "apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d"
+# Entries of SAELens' cfg.json and the values with which it computes what SAE does
+COMPUTED = {
+    "architecture": ["standard"],
+    "activation_fn": ["relu"],
+    "activation_fn_str": ["relu"],
+    "activation_fn_kwargs": [{}, None],
+    "normalize_activations": ["none", None, False],
+    "reshape_activations": ["none", None],
+    "finetuning_scaling_factor": [False, None],
+    "hook_head_index": [None],
+    "hook_point_head_index": [None],
+    "hook_name_out": [None],
+}
+
+
+def save_sae(sae, folder, model, layer, context):
+    """Write `cfg.json` and `sae_weights.safetensors`, which SAELens loads as they are."""
+    d_model, n_features = sae.W_enc.shape
+    cfg = {
+        "architecture": "standard",
+        "d_in": d_model,
+        "d_sae": n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "model_name": str(model),
+            "hook_name": f"blocks.{layer}.hook_resid_pre",
+            "context_size": context,
+            "prepend_bos": False,
+            "neuronpedia_id": None,
+            # SAELens then loads GPT-2 as gpt2.py does: with zero mean in the residual stream
+            "model_from_pretrained_kwargs": {"center_writing_weights": True},
+        },
+    }
+    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.dictionary, "b_dec": sae.b_dec}
+    gpt2.write_safetensors(f"{folder}/sae_weights.safetensors", tensors)
+    write_json(f"{folder}/cfg.json", cfg)
+
+
+def load_sae(path_or_name, layer=None):
+    """Load a folder of `save_sae` or SAELens, a .pt file of the paper's library (`layer` chooses
+    one of several), or one of the paper's SAEs by name, as in apollo:e2e_similar_ce_layer_6 (fetched
+    once). `made_for` gets its model, layer and context. UserError if it is of another kind."""
+    path = Path(path_or_name)
+    if path.name.startswith("apollo:"):
+        path = gpt2.DATA / "apollo" / f"{path.name.removeprefix('apollo:')}.pt"
+        gpt2.download(f"{gpt2.HUB}/{APOLLO}/{path.name}", path)
+    if path.is_dir():
+        weights, made_for = read_saelens(path)
+    else:
+        weights, made_for = read_paper(path, layer)
+    ensure(layer in (None, made_for["layer"]),
+           f"--layer {layer}: the SAE in {path} was made for layer {made_for['layer']}")
+    with reading(path):
+        with torch.device("meta"):  # no memory, no initialisation
+            sae = SAE(*weights["W_enc"].shape)
+        sae.load_state_dict(weights, assign=True)
+    sae.made_for = made_for
+    return sae
+
+
+def read_saelens(folder):
+    """An SAE as SAELens writes it, in its layout of today or of 2024: (weights, made_for)."""
+    cfg = read_json(folder / "cfg.json")
+    tensors = gpt2.read_safetensors(folder / "sae_weights.safetensors")
+    with reading(folder / "cfg.json"):
+        flat = "metadata" not in cfg  # the layout of 2024: all entries at the top
+        metadata = cfg if flat else cfg["metadata"]
+        gpt2.check_entries(cfg, COMPUTED)
+        gpt2.check_entries(metadata, COMPUTED)
+        if not flat:
+            known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
+            for name in set(cfg) - known - set(COMPUTED):
+                ensure(cfg[name] in (None, False, "none", "", [], {}), f"{name} is {cfg[name]!r}")
+        hook = metadata.get("hook_name") or metadata["hook_point"]
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)
+        ensure(match, f"hook_name is {hook!r} instead of 'blocks.N.hook_resid_pre'")
+        model = metadata["model_name"]
+        made_for = {"model": "gpt2" if model == "gpt2-small" else model, "layer": int(match[1]),
+                    "context": metadata["context_size"]}
+        kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+        if not kwargs.get("center_writing_weights", flat):
+            note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
+                 "from an older version of this file); here the mean is zero")
+
+    with reading(folder / "sae_weights.safetensors"):
+        weights = {}
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            weights[name] = gpt2.finite_float32(name, tensors.pop(name))
+        for name, tensor in tensors.items():
+            ones = name == "scaling_factor" and bool((tensor == 1).all())
+            ensure(ones, f"the tensor {name} is none of W_enc, b_enc, W_dec, b_dec")
+        if cfg.get("apply_b_dec_to_input", True):  # features are computed from x - b_dec
+            weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+        norms = weights["W_dec"].norm(dim=1)  # here 1, so features take them over; 0: never active
+        weights["W_enc"] *= norms
+        weights["b_enc"] *= norms
+    return weights, made_for
+
+
+def read_paper(path, layer):
+    """An SAE as the paper's library writes it: (weights, made_for). Its keys are
+    blocks-6-hook_resid_pre.encoder.0.weight, .encoder.0.bias, .decoder.weight, .decoder.bias."""
+    with reading(path):
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        layers = set()
+        for key in tensors:
+            match = re.match(r"blocks-(\d+)-hook_resid_pre\.", key)
+            ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
+            layers.add(int(match[1]))
+        if layer is None:
+            ensure(len(layers) == 1, f"it has SAEs of the layers {sorted(layers)}: choose by --layer")
+            layer = min(layers)
+        ensure(layer in layers, f"it has SAEs of the layers {sorted(layers)}, not of {layer}")
+        place = f"blocks-{layer}-hook_resid_pre."
+        ours = {name: tensor for name, tensor in tensors.items() if name.startswith(place)}
+        W_enc = gpt2.finite_float32("encoder.0.weight", ours.pop(place + "encoder.0.weight"))
+        b_enc = gpt2.finite_float32("encoder.0.bias", ours.pop(place + "encoder.0.bias"))
+        W_dec = gpt2.finite_float32("decoder.weight", ours.pop(place + "decoder.weight"))
+        b_dec = gpt2.finite_float32("decoder.bias", ours.pop(place + "decoder.bias"))
+        ensure(not ours, f"unknown weights: {', '.join(ours)}")
+        dead = W_dec.norm(dim=0) == 0  # elements of length 0: they must never be active
+        W_enc[dead] = 0
+        b_enc[dead] = 0
+    weights = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc,
+               "W_dec": W_dec.T.contiguous(), "b_dec": b_dec}
+    return weights, {"model": "gpt2", "layer": layer, "context": 1024}
+
+
+@functools.cache
+def note(message):
+    """Print a message to stderr, once."""
+    print("note:", message, file=sys.stderr)
+
+
+# ---- Looking at results --------------------------------------------------------------------------
 
 def print_table(results):
     """Print the main results of `evaluate`, {name: result}, a row per SAE."""
@@ -513,128 +804,253 @@ def plot(folders, path):
     """Draw the Pareto curves of runs: CE increase against L0, and against alive elements."""
     import matplotlib.pyplot as plt
 
-    runs = [read_json(f"{run}/config.json") | read_json(f"{run}/eval.json") for run in folders]
-    plt.figure(figsize=(10, 4))
-    for i, key in enumerate(("l0", "alive")):
-        plt.subplot(1, 2, i + 1, xlabel=key, ylabel="CE increase (nats per token)")
-        for loss in sorted({run["loss"] for run in runs}):
-            points = sorted((run[key], run["ce_increase"]) for run in runs if run["loss"] == loss)
-            plt.plot(*zip(*points), "o-", label=loss)
-        plt.legend()
+    curves = {}  # of each loss: the runs
+    for folder in folders:
+        run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
+        curves.setdefault(run["loss"], []).append(run)
+    _, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for key, ax in zip(("l0", "alive"), axes):
+        for loss, runs in sorted(curves.items()):
+            points = sorted((run[key], run["ce_increase"]) for run in runs)
+            ax.plot([x for x, _ in points], [y for _, y in points], "o-", label=loss)
+        ax.set(xlabel=key, ylabel="CE increase (nats per token)")
+        ax.legend()
     with writing(path) as file:
         plt.savefig(file, bbox_inches="tight")
-    print(f"{len(runs)} runs drawn in {path}")
+    print(f"{len(folders)} runs drawn in {path}")
 
 
-@torch.enable_grad()
+@torch.no_grad()
+def firing_counts(gpt, sae, tokens, layer):
+    """At how many of the tokens (sequence, pos) each feature is active: (n_features,)."""
+    counts = 0
+    for batch in tokens.split(4):
+        counts += (sae.encode(entering(gpt, batch, layer)) > 0).sum((0, 1))
+    return counts
+
+
 def effects(gpt, sae, tokens, layer):
-    """How much KL(clean || spliced) grows, to first order, where a feature is removed.
+    """How much KL(clean || spliced) grows, to first order, if a feature is removed: a sum over
+    tokens (sequence, pos), in nats, (n_features,).
 
-    Removing feature i at a token changes KL by about -f_i dKL/df_i (attribution patching): one pass
-    forward and back gives that for all. Returns its sum over tokens (sequence, pos), in nats, and
-    the number of tokens at which the feature fires, (n_features,) each."""
-    effect = fired = 0
+    Removing feature f_i at a token changes the KL by about -f_i dKL/df_i (attribution patching), so
+    one pass forward and back gives the effects of all features."""
+    effect = 0
     for batch in tokens.split(4):
         x = entering(gpt, batch, layer)
-        features = sae.encode(x).detach().requires_grad_()
-        h_clean, h_spliced = (gpt.ln_f(run_blocks(gpt, a, layer)[-1]).flatten(0, 1)
-                              for a in (x, sae.decode(features)))
+        with torch.no_grad():
+            features = sae.encode(x)
+            h_clean = gpt.ln_f(run_blocks(gpt, x, layer)[-1]).flatten(0, 1)
+        features.requires_grad_()
+        h_spliced = gpt.ln_f(run_blocks(gpt, sae.decode(features), layer)[-1]).flatten(0, 1)
         kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight) * len(h_clean)  # a sum over tokens
-        effect -= (features.detach() * torch.autograd.grad(kl, features)[0]).sum((0, 1))
-        fired += (features > 0).sum((0, 1))
-    return effect, fired
+        (gradient,) = torch.autograd.grad(kl, features)
+        effect -= (features.detach() * gradient).sum((0, 1))
+    return effect
 
 
 @torch.no_grad()
 def remove(gpt, sae, tokens, layer, feature, pos):
-    """The spliced model's next-token probabilities with a feature and without it at position pos[k]
-    of sequence k: tokens (k, context), pos (k,) -> (2, k, vocab)."""
-    features, k = sae.encode(entering(gpt, tokens, layer)), range(len(tokens))
-    removed = features.clone()
-    removed[k, pos, feature] = 0
-    last = [run_blocks(gpt, sae.decode(f), layer)[-1][k, pos] for f in (features, removed)]
-    return gpt.unembed(torch.stack(last)).softmax(-1)
+    """Next-token probabilities of the spliced model with a feature, and without it at one position
+    of each sequence: tokens (sequence, context), pos (sequence,) -> two of (sequence, vocab)."""
+    rows = torch.arange(len(tokens), device=tokens.device)
+    features = sae.encode(entering(gpt, tokens, layer))
+    last = run_blocks(gpt, sae.decode(features), layer)[-1]
+    with_feature = gpt.unembed(last[rows, pos]).softmax(-1)
+    features[rows, pos, feature] = 0
+    last = run_blocks(gpt, sae.decode(features), layer)[-1]
+    return with_feature, gpt.unembed(last[rows, pos]).softmax(-1)
+
+
+def nearest(a, b, skip=0):
+    """For each of the unit rows a, b (element, d_model): the highest cosine similarity of a row of
+    a with one of b, and which row of b that is. skip=1: the second highest, for b = a."""
+    cosines = []
+    rows = []
+    for part in a.split(1024):
+        best = (part @ b.T).topk(skip + 1)
+        cosines.append(best.values[:, skip])
+        rows.append(best.indices[:, skip])
+    return torch.cat(cosines), torch.cat(rows)
 
 
 @torch.no_grad()
 def compare(opened):
-    """Print how alike dictionaries are, pair by pair: {name: what open_sae returns}."""
-    alive = {}
+    """Print how alike dictionaries are, pair by pair. opened: {name: (gpt, sae, tokens, layer)}."""
+    alive = {}  # of each SAE: the indices of its alive elements, and these elements
     for name, (gpt, sae, tokens, layer) in opened.items():
-        index = effects(gpt, sae, tokens, layer)[1].nonzero()[:, 0]
-        alive[name] = sae.dictionary[index], index
+        index = firing_counts(gpt, sae, tokens, layer).nonzero()[:, 0]
+        ensure(len(index) > 1, f"{name}: fewer than two features are active on the held-out text")
+        alive[name] = (index, sae.dictionary[index])
+    widths = {elements.shape[1] for _, elements in alive.values()}
+    ensure(len(widths) == 1, f"--compare: the SAEs have different d_model: {sorted(widths)}")
+
     torch.manual_seed(2**31)  # for the random directions: no run has this seed
     print(f"{'elements of':<30}{'nearest among those of':<30}{'cosine':>8}{'chance':>8}{'same':>8}")
-    for (name, (a, i)), (other, (b, j)) in combinations_with_replacement(alive.items(), 2):
-        nearest = (a @ b.T).topk(2)  # b's two nearest to each row of a; one may be itself
-        cosines, rows = (part[:, int(name == other)] for part in nearest)
-        chance = (a @ F.normalize(torch.randn_like(b)).T).amax(1)
-        print(f"{name[-29:]:<30}{other[-29:]:<30}{cosines.mean():8.3f}{chance.mean():8.3f}"
-              f"{(j[rows] == i).float().mean():8.1%}")
+    for one, other in combinations_with_replacement(alive, 2):
+        index, elements = alive[one]
+        other_index, other_elements = alive[other]
+        cosine, rows = nearest(elements, other_elements, skip=int(one == other))
+        chance, _ = nearest(elements, F.normalize(torch.randn_like(other_elements)))
+        same = (other_index[rows] == index).float().mean()
+        print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}{same:8.1%}")
     print("""cosine: the highest cosine similarity of an alive element, averaged. chance: the same
 with as many random directions. same: nearest elements with the same index. Where that is high, the
 dictionaries are alike because they began alike: compare runs of different --seed.""")
 
 
+# ---- A page of features --------------------------------------------------------------------------
+
 STYLE = """body { font: 15px/1.4 system-ui; max-width: 62em; margin: 1em auto; padding: 0 1em }
 h2 { font-size: 1.1em; margin: 0; border-top: 1px solid #bbb; padding-top: .5em }
 pre { font: 13px/1.35 monospace; white-space: pre-wrap; background: #f6f6f6; margin: .4em 0 0 }
 i { background: rgba(255, 140, 0, var(--t)); font-style: normal } b { outline: 1px solid }
-code { background: #e4ecf7; white-space: pre-wrap } code br { display: none }"""
+code { background: #e4ecf7; white-space: pre-wrap } td { padding-right: 1.5em }"""
 
 
-@torch.no_grad()
-def features_page(gpt, sae, tokens, layer, title, ids=None):
+def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
     """A page of HTML on the features `ids`, or else on the 100 with the largest effect on `tokens`
     (sequence, pos)."""
-    decode = load_tokenizer(sae.made_for["model"]).decode_bytes
-    def text(token):  # as in a Python string literal, so control characters are visible
-        chars = repr(decode([token]).decode(errors="backslashreplace"))
-        return html.escape(chars[1:-1]).replace("\\n", "\\n<br>")
-    effect, fired = effects(gpt, sae, tokens, layer)
+    counts = firing_counts(gpt, sae, tokens, layer)
+    effect = effects(gpt, sae, tokens, layer)
+    ensure(counts.any(), f"{title}: no feature is active on the held-out text")
     ids = ids or effect.argsort(descending=True)[:100].tolist()
-    ensure({*ids} <= {*range(len(effect))}, f"--features: IDs are 0 to {len(effect) - 1}")
-    strengths = torch.cat([sae.encode(entering(gpt, b, layer))[..., ids] for b in tokens.split(4)])
-    dictionary, shown = sae.dictionary, []
-    for i, f in zip(ids, strengths.unbind(-1)):  # f (sequence, pos)
-        near = (dictionary @ dictionary[i]).topk(4).indices[1:].tolist()
-        links = ", ".join(f'<a href="#{j}">{j}</a>' if j in ids else f"{j}" for j in near)
-        shown.append(f"""<h2 id="{i}">Feature {i}</h2>{effect[i] / effect.sum():.2%} of the effect,
-            fires at {fired[i] / tokens.numel():.2%} of the tokens, nearest elements: {links}""")
-        peak, pos = f.max(1)  # of each sequence
-        order = peak.argsort(descending=True)[: peak.count_nonzero()]
-        rows = torch.cat([order[:4], order[4 :: len(order) // 3 + 1]])  # strongest; weaker ones
-        for row, p, q in zip(rows, *remove(gpt, sae, tokens[rows], layer, i, pos[rows])):
-            words = [f'<i style="--t:{tint:.2f}">{text(token)}</i>' if tint else text(token)
-                     for token, tint in zip(tokens[row].tolist(), (f[row] / peak.max()).tolist())]
-            at = pos[row].item()
-            words[at] = f"<b>{words[at]}</b>"
-            chips = ", ".join(f"<code>{text(c)}</code> {q[c]:.2f} → {p[c]:.2f}"
-                              for c in (p - q).abs().topk(4).indices.tolist())
-            shown.append(f"""<pre>{"".join(words[max(0, at - 24) : at + 9])}</pre>
-                activation {peak[row]:.2f}; next token, without → with: {chips}""")
+    ensure(0 <= min(ids) and max(ids) < len(effect), f"--features: IDs are 0 to {len(effect) - 1}")
+    with torch.no_grad():
+        parts = [sae.encode(entering(gpt, batch, layer))[..., ids] for batch in tokens.split(4)]
+        activations = torch.cat(parts).unbind(-1)  # of each feature: (sequence, pos)
+        dictionary = sae.dictionary
+
+    body = []
+    for feature, active in zip(ids, activations):
+        similar = (dictionary @ dictionary[feature]).topk(4).indices.tolist()
+        links = [f'<a href="#{i}">{i}</a>' if i in ids else str(i) for i in similar if i != feature]
+        body.append(f"""<h2 id="{feature}">Feature {feature}</h2>
+            {effect[feature] / effect.sum():.2%} of the effect, active at
+            {counts[feature] / tokens.numel():.2%} of the tokens,
+            nearest elements: {", ".join(links)}""")
+        for context in contexts(gpt, sae, tokens, layer, feature, active):
+            body.append(context_html(context, tokenizer))
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
         <title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>
-        <p>{len(ids)} of {len(effect):,} features. Effect: KL added by removal, to first order.
-        Five strongest contexts, then weaker; boxed: the removal.</p>{"".join(shown)}</html>"""
+        <p>{len(ids)} of {len(effect):,} features. The effect of a feature is the KL that its
+        removal would add, to first order. Below each: the contexts in which it is most active, then
+        weaker ones. Orange: how active it is at a token. Boxed: where it is most active; below, the
+        next tokens whose probability changes most if it is removed there, without → with
+        it.</p>{"".join(body)}</html>"""
+
+
+def contexts(gpt, sae, tokens, layer, feature, active):
+    """What the page shows of a feature, `active` (sequence, pos): at most seven contexts, the four
+    in which it is most active and weaker ones, with the effect of its removal in each."""
+    peak, pos = active.max(1)  # of each sequence
+    order = peak.argsort(descending=True)[: peak.count_nonzero()]
+    step = len(order) // 3 + 1
+    rows = torch.cat([order[:4], order[4::step]])
+    if len(rows) == 0:
+        return []
+    with_feature, without = remove(gpt, sae, tokens[rows], layer, feature, pos[rows])
+    result = []
+    for row, p, q in zip(rows.tolist(), with_feature, without):
+        changes = []
+        for token in (p - q).abs().topk(4).indices.tolist():
+            changes.append((token, q[token].item(), p[token].item()))
+        at = pos[row].item()
+        first = max(0, at - 24)
+        shown = slice(first, at + 9)
+        result.append({"tokens": tokens[row, shown].tolist(), "at": at - first,
+                       "tints": (active[row, shown] / peak.max()).tolist(),
+                       "activation": peak[row].item(), "changes": changes})
+    return result
+
+
+def context_html(context, tokenizer):
+    """One context of the page as HTML."""
+    words = []
+    for token, tint in zip(context["tokens"], context["tints"]):
+        word = token_html(token, tokenizer).replace("\\n", "\\n<br>")
+        words.append(f'<i style="--t:{tint:.2f}">{word}</i>' if tint > 0 else word)
+    at = context["at"]
+    words[at] = f"<b>{words[at]}</b>"
+    cells = []
+    for token, without, with_feature in context["changes"]:
+        word = token_html(token, tokenizer)
+        cells.append(f"<td><code>{word}</code> {without:.2f} → {with_feature:.2f}</td>")
+    return f"""<pre>{"".join(words)}</pre><table><tr><td>activation {context["activation"]:.2f}</td>
+        {"".join(cells)}</tr></table>"""
+
+
+def token_html(token, tokenizer):
+    """A token as in a Python string literal, so that control characters are visible."""
+    try:
+        text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+    except KeyError:  # a row of the unembedding beyond the tokenizer's
+        text = f"[{token}]"
+    return html.escape(repr(text)[1:-1])
 
 
 # ---- The command line ----------------------------------------------------------------------------
 
 def open_sae(name, given):
-    """A trained SAE with its GPT-2, held-out tokens (sequence, pos) and layer, on one device."""
-    config = Config(**SAE.load(name).made_for | given | {"init": name})
-    tokens = torch.from_numpy(held_out(config)).to(config.device)
-    return *set_up(config), tokens, config.layer
+    """A trained SAE with its GPT-2, held-out tokens (sequence, pos) and layer, on one device, and
+    its settings. Text and n_eval are those of its run, if it is a run's folder."""
+    settings = {"init": name}
+    if os.path.exists(f"{name}/config.json"):
+        run = read_json(f"{name}/config.json")
+        settings |= {key: run[key] for key in ("text", "n_eval") if key in run}
+    config = Config(**settings | given)
+    gpt, sae = set_up(config)
+    tokens = torch.from_numpy(data.held_out(config)).to(config.device)
+    return gpt, sae, tokens, config.layer, config
+
+
+def evaluate_all(names, given):
+    """Print the measures of SAEs, a row each. What cannot be evaluated is named; UserError then."""
+    results = {}
+    failed = []
+    for name in names:
+        if os.path.exists(f"{name}/log.jsonl") and not os.path.exists(f"{name}/cfg.json"):
+            print(f"{name} is not finished; continue it with --resume {name}")
+        elif not name.endswith(".png"):  # what --plot leaves in the same folder
+            try:
+                gpt, sae, tokens, layer, _ = open_sae(name, given)
+                results[name] = evaluate(gpt, sae, tokens, layer)
+            except (UserError, OSError) as error:
+                failed.append(f"{name}: {error}")
+    if results:
+        print_table(results)
+    ensure(not failed, "; ".join(failed))
+
+
+def resumed_config(out, given):
+    """The Config of the run in the folder `out`. Only execution settings may be given anew."""
+    saved = read_json(f"{out}/config.json") | {"out": out}
+    known = {f.name for f in fields(Config)}
+    unknown = sorted(set(saved) - known)
+    ensure(not unknown, f"{out}/config.json has unknown settings: {', '.join(unknown)}")
+    for name, value in given.items():
+        ensure(name in EXECUTION or value == saved.get(name),
+               f"{flag(name)} {value}: the run in {out} has {saved.get(name)}; drop the flag")
+    if given.get("device", saved["device"]) != saved["device"]:
+        saved |= {"dtype": None, "compile": None}  # the new device's defaults, unless given
+    return Config(**saved | given)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error of one line."""
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
 
 
 def main(arguments=None):
     """The command line. UserError for what the user can correct."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: ensure(False, f"{message}; see --help")
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind)
+        if f.type is bool:
+            parser.add_argument(flag(f.name), help=f.metadata["help"],
+                                action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(flag(f.name), help=f.metadata["help"], type=f.type)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", metavar="RUN", help="continue a run that was stopped")
     action.add_argument("--evaluate", metavar="SAE", nargs="+", help="print what SAEs cost a model")
@@ -643,38 +1059,35 @@ def main(arguments=None):
     action.add_argument("--features", metavar=("SAE", "ID"), nargs="+",
                         help="make a page of the features that matter most, or of those given")
     given = vars(parser.parse_args(arguments))
+    views = {"evaluate", "plot", "compare", "features"} & set(given)
+    ensure(not views or os.getenv("WORLD_SIZE", "1") == "1",
+           f"--{' '.join(views)} is for one process: run it without torchrun")
 
-    if names := given.pop("plot", None):
-        return plot(names, f"{Path(names[0]).parent}/pareto.png")
-    if names := given.pop("compare", None):
-        return compare({name: open_sae(name, given) for name in names})
-    if names := given.pop("features", None):
-        name, *ids = names
-        ids = [int(i) if i.isdigit() else -1 for i in ids]
-        page = features_page(*open_sae(name, given), name, ids)
-        with writing(path := f"{name}/features.html") as file:
+    if "plot" in given:
+        plot(given["plot"], f"{Path(given['plot'][0]).parent}/pareto.png")
+    elif "evaluate" in given:
+        evaluate_all(given.pop("evaluate"), given)
+    elif "compare" in given:
+        names = given.pop("compare")
+        compare({name: open_sae(name, given)[:4] for name in names})
+    elif "features" in given:
+        name, *ids = given.pop("features")
+        for i in ids:
+            ensure(i.isdigit(), f"--features {name} {i}: IDs are numbers from 0 on")
+        *opened, config = open_sae(name, given)
+        tokenizer = gpt2.load_tokenizer(config.model)
+        page = features_page(*opened, tokenizer, name, [int(i) for i in ids])
+        with writing(f"{name}/features.html") as file:
             file.write(page.encode())
-        return print(f"{path}: open it in a browser")
-    if names := given.pop("evaluate", None):
-        results = {}
-        for name in names:
-            if os.path.exists(f"{name}/log.jsonl") and not os.path.exists(f"{name}/cfg.json"):
-                print(f"{name} is not finished; continue it with --resume {name}")
-            elif not name.endswith(".png"):  # what --plot leaves in the same folder
-                results[name] = evaluate(*open_sae(name, given))
-        return print_table(results)
-    if out := given.pop("resume", None):
-        saved = read_json(f"{out}/config.json") | {"out": out}
-        for name, value in given.items():
-            same = name in EXECUTION or value == saved[name]
-            ensure(same, f"--{name} {value}: the run in {out} has {saved[name]}; drop the flag")
-        given = saved | given
-    config = Config(**given)
-    train(config, resume=bool(out))
-    print_table({config.out: read_json(f"{config.out}/eval.json")})
-    print(f"next: python e2e_sae.py --features {config.out}\n"
-          f"      python e2e_sae.py --evaluate {Path(config.out).parent}/*")
+        print(f"{name}/features.html: open it in a browser")
+    else:
+        resume = given.pop("resume", None)
+        config = resumed_config(resume, given) if resume else Config(**given)
+        train(config, resume=bool(resume))
+        print_table({config.out: read_json(f"{config.out}/eval.json")})
+        print(f"next: python e2e_sae.py --features {config.out}\n"
+              f"      python e2e_sae.py --evaluate {Path(config.out).parent}/*")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    gpt2.run_command(main)

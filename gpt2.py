@@ -1,6 +1,6 @@
 """GPT-2 in plain PyTorch: the model, its weights and its tokenizer. Copy this file as it is.
 
-    gpt = GPT.from_pretrained("gpt2")        # fetched once; "stdlib" needs no network
+    gpt = GPT.from_pretrained("gpt2")        # fetched once; or a folder that transformers wrote
     x = gpt.embed(tokens)                    # (batch, pos, d_model), the residual stream
     for block in gpt.h:
         x = block(x)                         # (batch, pos, d_model): change it as you like
@@ -15,11 +15,11 @@ TransformerLens does the same, so activations here equal its `blocks.{layer}.hoo
 import hashlib
 import json
 import os
+import re
 import sys
 import time
-from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +29,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-DATA = Path(__file__).resolve().parent / "data"
-HUB = os.environ.get("E2E_SAE_HUB", "https://huggingface.co").rstrip("/")  # or a mirror of it
-OPENAI = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
-REVISION = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # of the others: main
-SHA256 = {  # of the files of "gpt2"; for the other models the server states the hash
-    "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-
 
 # ---- The model -----------------------------------------------------------------------------------
 
 @dataclass
 class GPTConfig:
-    """The sizes in config.json, under their names there. The defaults are GPT-2 small's."""
+    """The entries of config.json that this file reads, with transformers' names and defaults."""
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # d_model
     n_positions: int = 1024  # the longest context
     vocab_size: int = 50257
     layer_norm_epsilon: float = 1e-5
+
+
+SIZES = {  # OpenAI's models
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
 
 
 class Attention(nn.Module):
@@ -61,21 +60,32 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
-        q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (batch, pos, 3, head, d_head)
+        qkv = qkv.transpose(1, 3)  # (batch, head, 3, pos, d_head)
+        q, k, v = qkv.unbind(2)  # (batch, head, pos, d_head) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, head, pos, d_head)
         return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between: (batch, pos, d_model) -> (batch, pos, d_model)."""
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
     """A transformer block: (batch, pos, d_model) -> (batch, pos, d_model)."""
     def __init__(self, config):
         super().__init__()
-        d_model, epsilon = config.n_embd, config.layer_norm_epsilon
-        self.ln_1 = nn.LayerNorm(d_model, epsilon)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(d_model, epsilon)
-        c_fc, c_proj = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=nn.GELU("tanh"), c_proj=c_proj))
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))  # each part reads a normalised copy of the stream
@@ -90,7 +100,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the unembedding
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.requires_grad_(False)
 
     def embed(self, tokens):
@@ -111,69 +121,140 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "stdlib", or a folder of their form.
-
-        Parameters are float32, on the CPU, and frozen. UserError if the files cannot be had.
-        """
-        folder = model_folder(name_or_folder, ["config.json", "vocab.json", "model.safetensors"])
-        raw, state = read_json(folder / "config.json"), {}
-        tensors = read_safetensors(folder / "model.safetensors")
-        with reading(folder), torch.device("meta"):  # "meta": a model without memory of its own
-            config = GPTConfig(*(f.type(raw[f.name]) for f in fields(GPTConfig)))
-            ensure(config.n_layer < 1000 and config.n_embd % config.n_head == 0, "impossible sizes")
-            ensure(raw["activation_function"] == "gelu_new", "it is not a GPT-2's")
+        """Load one of OpenAI's models by name (see SIZES), "stdlib", or a GPT-2 from the folder
+        that transformers saved it in. Parameters are float32, on the CPU, and frozen. UserError if
+        the files cannot be had, or hold anything that would change the logits computed here."""
+        folder = model_folder(name_or_folder, ["vocab.json", "model.safetensors"])
+        config = model_config(name_or_folder)
+        path = folder / "model.safetensors"
+        ensure(path.exists(), f"{folder} has no model.safetensors in one piece; write it with "
+               'transformers: model.save_pretrained(folder, max_shard_size="10GB")')
+        tensors = read_safetensors(path)
+        state = {}
+        with reading(path):
             for name, tensor in tensors.items():
                 name = name.removeprefix("transformer.")
-                if name.endswith((".attn.bias", "masked_bias")) or name == "lm_head.weight":
-                    continue  # the causal mask, and a copy of wte
-                if ".c_" in name and tensor.ndim == 2:
-                    tensor = tensor.T  # OpenAI stores (in, out), nn.Linear (out, in)
-                state[name] = tensor.to(torch.float32, copy=True).contiguous()
-                if ".c_proj." in name:  # what a block adds to the residual stream
-                    state[name] -= state[name].mean(0)
-            gpt = cls(config)
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue  # the causal mask, which old files hold too
+                weight = finite_float32(name, tensor)
+                if ".c_" in name and weight.ndim == 2:
+                    weight = weight.T.contiguous()  # OpenAI's (in, out) -> nn.Linear's (out, in)
+                if ".c_proj." in name:
+                    # c_proj writes to the residual stream, so its output gets zero mean over
+                    # d_model, which is dimension 0 of the transposed weight and of the bias.
+                    weight -= weight.mean(0)
+                state[name] = weight
+            lm_head = state.pop("lm_head.weight", state["wte.weight"])
+            ensure(lm_head.equal(state["wte.weight"]),
+                   "lm_head.weight differs from wte.weight, which gpt2.py unembeds with")
+            with torch.device("meta"):  # a model without memory: it gets the tensors read above
+                gpt = cls(config)
             gpt.load_state_dict(state, assign=True)  # raises for a missing, odd or misshapen tensor
         return gpt
+
+
+def model_config(name_or_folder):
+    """A model's GPTConfig. UserError if config.json asks for what is not computed here; entries
+    that transformers' GPT2Config does not know are ignored, as it ignores them."""
+    if str(name_or_folder) in SIZES:
+        return SIZES[str(name_or_folder)]
+    path = model_folder(name_or_folder, []) / "config.json"
+    raw = read_json(path)
+    aliases = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+               "n_embd": "hidden_size", "n_positions": "max_position_embeddings"}
+    config = GPTConfig()
+    with reading(path):
+        for name, default in vars(config).items():
+            value = raw.get(aliases.get(name), raw.get(name, default))
+            ensure(type(value) is type(default) and 0 < value < 1e9, f"{name} is {value!r}")
+            setattr(config, name, value)
+        ensure(config.n_embd % config.n_head == 0, "n_embd is not a multiple of n_head")
+        check_entries(raw, {
+            "model_type": ["gpt2"],
+            "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+            "n_inner": [None, 4 * config.n_embd],
+            "scale_attn_weights": [True],
+            "scale_attn_by_inverse_layer_idx": [False],
+            "add_cross_attention": [False],
+            "tie_word_embeddings": [True],
+        })
+    return config
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
-# GPT-2 writes a byte as one character: the 188 printable bytes of Latin-1 as themselves, the others
-# as U+0100 upward. The order is that of token ids 0 to 255.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+# GPT-2 writes each byte of a token as one character: the 188 printable bytes of Latin-1 as
+# themselves, the other 68 as U+0100 upward. So a space is written "Ġ".
+PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 ALPHABET = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
 
 def load_tokenizer(name_or_folder):
-    """A model's tokenizer, a `tiktoken.Encoding`. A token's id is its rank among the merges."""
-    path = model_folder(name_or_folder, ["vocab.json"]) / "vocab.json"
-    vocab = read_json(path)
+    """A model's tokenizer, a `tiktoken.Encoding`: `encode_ordinary` gives transformers' ids.
+    UserError if the folder's files describe a tokenizer of another kind."""
+    folder = model_folder(name_or_folder, ["vocab.json"])
+    path, vocab, merges = read_vocab(folder)
     with reading(path):
-        extra = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
-        ranks = {bytes(ALPHABET[char] for char in token): rank for token, rank in vocab.items()}
+        special = {END_OF_TEXT} & set(vocab)
+        if merges:
+            # tiktoken merges in the order of the ids, transformers in the order of its list.
+            merged = ["".join(merge).replace(" ", "") for merge in merges]  # "a b" or ["a", "b"]
+            by_id = sorted(set(vocab) & set(merged), key=vocab.get)
+            ensure(by_id == merged, "the token ids are not in the order of the merges")
+            special = set(vocab) - set(merged) - set(ALPHABET)
+        missing = set(ALPHABET) - set(vocab)
+        ensure(not missing, f"{len(missing)} of the 256 bytes have no token")
+        ensure(len(set(vocab.values())) == len(vocab), "two tokens have the same id")
+        ranks = {}
+        for token in set(vocab) - special:
+            ranks[bytes(ALPHABET[char] for char in token)] = vocab[token]
         return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks,
-                                 special_tokens=extra, explicit_n_vocab=len({*ranks.values()}) + 1)
+                                 special_tokens={token: vocab[token] for token in special})
 
 
-def model_folder(name_or_folder, files):
-    """The folder of a model. The named files of OpenAI's models are fetched into data/<name>/."""
-    name = str(name_or_folder)
-    folder = DATA / name if name in (*OPENAI, "stdlib") else Path(name)
-    for file in files if name in OPENAI else ():
-        url = f"{HUB}/openai-community/{name}/resolve/{REVISION.get(name, 'main')}/{file}"
-        download(url, folder / file, SHA256.get(file) if name == "gpt2" else None)
-    ensure(folder.is_dir(), f"--model {name}: not a folder, nor {', '.join(OPENAI)} or stdlib")
-    return folder
+def read_vocab(folder):
+    """The vocabulary of a model: (the file that holds it, {token: id}, merges or None). A merge is
+    a pair of tokens, the earliest first. UserError for settings that GPT-2's tokenizer lacks."""
+    added = []
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        settings = read_json(path)
+        with reading(path):
+            check_entries(settings, {"add_prefix_space": [False]})
+            added += settings.get("added_tokens_decoder", {}).values()
+
+    path = folder / "tokenizer.json"
+    if path.exists():  # all in one file; vocab.json and merges.txt are the older form
+        tokenizer = read_json(path)
+        with reading(path):
+            check_entries(tokenizer, {"normalizer": [None]})
+            check_entries(tokenizer["pre_tokenizer"], {
+                "type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [True]})
+            check_entries(tokenizer["model"], {
+                "type": ["BPE"], "dropout": [None, 0],
+                "continuing_subword_prefix": ["", None], "end_of_word_suffix": ["", None]})
+            added += tokenizer["added_tokens"]
+            vocab = tokenizer["model"]["vocab"]
+            merges = tokenizer["model"]["merges"]
+    else:
+        path = folder / "vocab.json"
+        vocab = read_json(path)
+        merges = None
+        if (folder / "merges.txt").exists():
+            with reading(folder / "merges.txt"):
+                lines = (folder / "merges.txt").read_bytes().decode("utf-8").splitlines()
+                merges = [line for line in lines if line and not line.startswith("#version")]
+
+    with reading(path):
+        for token in added:
+            ensure(token["special"], f"the added token {token['content']!r} is not special")
+    return path, vocab, merges
 
 
-# ---- Plumbing: one-line errors, files that are never half written, downloads, safetensors --------
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "U8": torch.uint8,
-          "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
-
+# ---- Errors of the user, in one line -------------------------------------------------------------
 
 class UserError(ValueError):
     """A mistake that the user can correct. The message is one line: value, rule and remedy."""
@@ -185,13 +266,151 @@ def ensure(condition, message):
         raise UserError(message)
 
 
+def check_entries(entries, allowed):
+    """Raise UserError for an entry whose value is not one of those allowed, {name: values}."""
+    for name, values in allowed.items():
+        value = entries.get(name, values[0])
+        ensure(value in values, f"{name} is {value!r} instead of {values[0]!r}")
+
+
+def run_command(main):
+    """Run a program's main() and exit; print an error of the user as one line."""
+    if sys.stdout is None:  # it was closed from the start
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    code = 0
+    try:
+        main()
+    except BrokenPipeError:
+        discard_stdout()
+        code = 1
+    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        if os.getenv("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 has the same error and says it; torchrun then ends this process
+        print("error:", " ".join(str(error).split())[:1000], file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code or 0
+    if "WORLD_SIZE" in os.environ:  # gloo's threads now and then abort a process that ends normally
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def discard_stdout():
+    """Print nowhere from now on: after a BrokenPipeError, as in `... | head`, nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ---- Files: fetched, never half written, errors in one line --------------------------------------
+
+DATA = Path(__file__).resolve().parent / "data"
+HUB = os.environ.get("E2E_SAE_HUB", "https://huggingface.co").rstrip("/")  # or a mirror of it
+REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of gpt2's files there
+SHA256 = {  # of gpt2's files; vocab.json serves all of OpenAI's models
+    "model.safetensors": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def model_folder(name_or_folder, files):
+    """The folder of a model. The named files of OpenAI's models are fetched into data/<name>/."""
+    name = str(name_or_folder)
+    if name in SIZES:
+        folder = DATA / name
+        for file in files:
+            if name == "gpt2" or file == "vocab.json":
+                url = f"{HUB}/openai-community/gpt2/resolve/{REVISION}/{file}"
+                download(url, folder / file, SHA256[file])
+            else:
+                url = f"{HUB}/openai-community/{name}/resolve/main/{file}"
+                download(url, folder / file)
+        return folder
+    folder = DATA / "stdlib" if name == "stdlib" else Path(name)
+    ensure(folder.is_dir(), f"--model {name}: not a folder, nor {', '.join(SIZES)} or stdlib")
+    return folder
+
+
+def download(url, path, sha256=None):
+    """Fetch `url` to `path` unless it is there; an interrupted transfer continues where it stopped.
+    The file gets its name once its SHA-256 is right: `sha256`, else the one that the hub states. Of
+    several processes one fetches, the others wait. UserError if the file cannot be had."""
+    path = Path(path)
+    part = Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures = most = 0
+    with lock(path.parent):
+        while not path.exists():
+            part.touch()
+            try:
+                expected = fetch_rest(url, path, part, sha256)
+            except requests.RequestException as error:
+                done = part.stat().st_size
+                failures = 0 if done > most else failures + 1
+                most = max(most, done)
+                ensure(failures < 4, f"cannot fetch {url} ({error}); put the file at {path}, "
+                       "or use --model stdlib, which needs no network")
+                time.sleep(2**failures)
+                continue
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                part.unlink()
+                raise UserError(f"{url}: SHA-256 {found} instead of {expected}; try again")
+            os.replace(part, path)
+    return path
+
+
+def fetch_rest(url, path, part, sha256):
+    """One attempt to fetch what `part` lacks; returns the SHA-256 that the whole file must have.
+    RequestException if another attempt may succeed, UserError if the answer is not the file."""
+    have = part.stat().st_size
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    with requests.get(url, headers=headers, stream=True, timeout=(4, 30)) as answer:
+        stated_size = None
+        for hop in answer.history + [answer]:  # the hub states both before it redirects
+            etag = hop.headers.get("X-Linked-Etag", "").strip('"')
+            if re.fullmatch("[0-9a-f]{64}", etag):  # 40 digits are git's SHA-1, of a small file
+                sha256 = sha256 or etag
+            stated_size = stated_size or hop.headers.get("X-Linked-Size")
+        found = answer.headers.get("Content-Range", "")
+        if answer.status_code == 416:  # nothing is there from `have` on
+            if found == f"bytes */{have}":
+                return sha256
+            part.write_bytes(b"")  # `part` is longer than the file
+        answer.raise_for_status()
+
+        rest = int(answer.headers.get("Content-Length", 0))
+        size = have + rest if answer.status_code == 206 else rest
+        advice = f"put the file at {path} by hand"
+        ensure("html" not in answer.headers.get("Content-Type", ""),
+               f"{url} answers with a web page, perhaps a login; {advice}")
+        ensure(sha256, f"{url}: no SHA-256 is known, here or there; {advice}")
+        ensure(not rest or stated_size in (None, str(size)),
+               f"{url} answers with {size} bytes of {stated_size}; {advice}")
+        chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
+        if answer.status_code == 200:  # the server ignores Range and sends the whole file
+            part.write_bytes(b"")
+        elif not found.startswith(f"bytes {have}-"):
+            raise requests.RequestException(f"got {found} instead of bytes {have}-")
+        with open(part, "ab") as file:
+            file.writelines(chunks)  # raises if the connection breaks
+    return sha256
+
+
 @contextmanager
 def reading(path):
     """Turn any error in reading and parsing the file at `path` into a one-line UserError."""
     try:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                ensure(file.read(19) != b"version https://git",
+                       "it is a pointer of git-lfs; fetch the file with `git lfs pull`")
         yield
     except Exception as error:  # which one depends on where the file is damaged
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}; check or replace the file") from None
 
 
@@ -213,7 +432,9 @@ def writing(path):
 def read_json(path):
     """Read a JSON object as a dict."""
     with reading(path):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        ensure(isinstance(value, dict), "it is not a JSON object")
+        return value
 
 
 def write_json(path, value):
@@ -223,20 +444,23 @@ def write_json(path, value):
 
 
 def lock(folder, wait=True):
-    """An open file: until it is closed, no other process can lock `folder` (but on Windows)."""
+    """An open file: until it is closed, no other process can lock `folder`. On Windows, and on a
+    file system without flock, nothing is locked."""
     file = open(Path(folder) / ".lock", "w")
-    if os.name == "posix":
+    try:
         import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another process: wait or stop it") from None
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: wait or stop it") from None
+    except (ImportError, OSError):
+        pass
     return file
 
 
 def progress(items, what, total, unit, size=len):
     """Yield items; every five seconds report what, how far, how fast and how long still."""
-    done, start, shown = 0, time.time(), time.time()
+    start = shown = time.time()
+    done = 0
     for item in items:
         yield item
         done += size(item)
@@ -247,40 +471,10 @@ def progress(items, what, total, unit, size=len):
                   f"{(total - done) / rate:,.0f} s left", file=sys.stderr)
 
 
-def download(url, path, sha256=None):
-    """Fetch `url` to `path` unless it is there; an interrupted transfer continues where it stopped.
-    The file gets its name once its SHA-256 is right: `sha256`, else what the server states. Of
-    several processes one fetches, the others wait. UserError if the file cannot be had.
-    """
-    path, part, failures, most = Path(path), Path(f"{path}.part"), 0, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent):
-        while not path.exists():
-            part.touch()
-            headers = {"Accept-Encoding": "identity", "Range": f"bytes={part.stat().st_size}-"}
-            try:
-                with requests.get(url, headers=headers, stream=True, timeout=(4, 30)) as answer:
-                    first = (answer.history or [answer])[0].headers  # large files are redirected
-                    expected = sha256 or first.get("X-Linked-Etag", "").strip('"')
-                    if answer.status_code != 416:  # 416: nothing is missing
-                        answer.raise_for_status()
-                        rest = int(answer.headers.get("Content-Length", 0))
-                        chunks = answer.iter_content(1 << 18)  # raises if the connection breaks
-                        with open(part, "ab" if answer.status_code == 206 else "wb") as file:
-                            file.writelines(progress(chunks, f"fetching {url}", rest, "bytes"))
-            except requests.RequestException as error:
-                done = part.stat().st_size
-                failures, most = (0 if done > most else failures + 1), max(done, most)
-                ensure(failures < 4, f"cannot fetch {url} ({error}); put the file at {path}, "
-                                     "or use --model stdlib, which needs no network")
-                time.sleep(2**failures)
-                continue
-            found = hashlib.sha256(np.memmap(part, np.uint8, "r")).hexdigest()
-            if found != (expected or found):
-                part.unlink()
-                raise UserError(f"{url}: SHA-256 {found} instead of {expected}; try again")
-            os.replace(part, path)
-    return path
+# A safetensors file is the length of a header (8 bytes, little-endian), the header in JSON,
+# {name: {"dtype", "shape", "data_offsets"}}, and the tensors' raw bytes.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
@@ -288,8 +482,9 @@ def read_safetensors(path):
     with reading(path):
         data = np.memmap(path, np.uint8, "c")
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header, tensors = json.loads(data[8:start].tobytes()), {}
+        header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
+        tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             raw = torch.from_numpy(data[start + first : start + last])
@@ -297,14 +492,24 @@ def read_safetensors(path):
         return tensors
 
 
+def finite_float32(name, tensor):
+    """A copy of a weight in float32. UserError, with the weight's name, for NaN and infinity."""
+    ensure(tensor.is_floating_point(), f"{name} has the dtype {tensor.dtype}")
+    weight = tensor.to(torch.float32, copy=True)
+    ensure(weight.isfinite().all(), f"{name} holds NaN or infinity")
+    return weight
+
+
 def write_safetensors(path, tensors):
     """Write {name: float32 or float16 tensor} as a safetensors file, atomically."""
-    arrays = {name: t.detach().cpu().contiguous().numpy() for name, t in tensors.items()}
-    header, end = {}, 0
-    for name, array in arrays.items():
-        header[name] = {"dtype": f"F{8 * array.itemsize}", "shape": array.shape,
-                        "data_offsets": [end, end := end + array.nbytes]}
+    header = {}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": f"F{8 * tensor.itemsize}", "shape": tensor.shape,
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
     head = json.dumps(header).encode()
     with writing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        file.writelines(array.data for array in arrays.values())
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().numpy().data)

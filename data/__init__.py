@@ -1,29 +1,124 @@
 """Text as tokens: which text a model reads. The programs in this folder make that text and models.
 
     from data import load_tokens
-    tokens = load_tokens("stdlib", "train")      # 1-D array of token ids
+    tokens = load_tokens("stdlib", "train")                      # 1-D array of token ids
+    tokens = load_tokens("gpt2", "val", text="my_text.txt")
 """
 
+import functools
+import hashlib
+import json
 import os
-import sys
+import re
+from pathlib import Path
 
 import numpy as np
-import torch
 
-from gpt2 import OPENAI, UserError, ensure, load_tokenizer
+import gpt2
+from gpt2 import SIZES, ensure, load_tokenizer, progress, reading
 
 
-def load_tokens(model, split):
-    """Token ids of the "train" or "val" text of a model, a 1-D array of uint16.
+def default_text(model):
+    """The text that a model was trained on. UserError for a model that only its user knows."""
+    if model in SIZES:
+        return "openwebtext"
+    ensure(model == "stdlib", f"--model {model} needs --text: a UTF-8 file, a folder of such files, "
+           "a folder with train.bin and val.bin, or by name openwebtext or stdlib")
+    return "stdlib"
 
-    OpenAI's models read OpenWebText (fetched and tokenised on first use); any other model reads the
-    source of the running Python's standard library, with the model's own vocabulary.
+
+def load_tokens(model, split, text=None):
+    """Token ids of the "train" or "val" part of a text, in the model's vocabulary: a 1-D array.
+
+    text: "openwebtext" (fetched on first use) or "stdlib" (the source of the running Python's
+    library), or a path: a UTF-8 file or a folder of such files, the last 5 % of whose tokens are
+    "val", or a folder with train.bin and val.bin (uint16). UserError if it is none of these.
     """
-    from data import openwebtext, stdlib
+    from data import openwebtext, stdlib  # here: `python -m data.stdlib` would import it twice
 
-    if model in OPENAI:
+    text = text or default_text(model)
+    folder = Path(text)
+    if text == "openwebtext":
+        ensure(model in SIZES or has_gpt2_vocabulary(model),
+               f"--text openwebtext is in GPT-2's tokens, and --model {model} has others")
         return openwebtext.load_tokens(split)
-    return stdlib.load_tokens(load_tokenizer(model), split)
+    if text == "stdlib":
+        tokens = encode(model, list(stdlib.read_files(split).values()))
+    elif (folder / "train.bin").exists() and (folder / "val.bin").exists():
+        with reading(folder / f"{split}.bin"):
+            tokens = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
+    else:
+        tokens = encode_files(model, text)
+        n_val = len(tokens) // 20
+        tokens = tokens[len(tokens) - n_val :] if split == "val" else tokens[: len(tokens) - n_val]
+    rows = gpt2.model_config(model).vocab_size
+    ensure(len(tokens) == 0 or tokens.max() < rows,
+           f"--text {text} has the token {tokens.max(initial=0)}; --model {model} knows {rows}")
+    return tokens
+
+
+def has_gpt2_vocabulary(model):
+    """Whether a model has GPT-2's own tokens, id by id."""
+    _, vocab, _ = gpt2.read_vocab(gpt2.model_folder(model, []))
+    by_id = {token: vocab[token] for token in sorted(vocab, key=vocab.get)}
+    return hashlib.sha256(json.dumps(by_id).encode()).hexdigest() == gpt2.SHA256["vocab.json"]
+
+
+def end_of_text(model, tokenizer):
+    """The token that separates documents: config.json's eos_token_id, or else <|endoftext|>."""
+    if model not in SIZES:
+        token = gpt2.read_json(gpt2.model_folder(model, []) / "config.json").get("eos_token_id")
+        if type(token) is int and 0 <= token < tokenizer.n_vocab:
+            return token
+    ensure(gpt2.END_OF_TEXT in tokenizer.special_tokens_set,
+           f"--model {model}: no eos_token_id in config.json, and no {gpt2.END_OF_TEXT} token")
+    return tokenizer.eot_token
+
+
+@functools.lru_cache(maxsize=1)
+def encode_files(model, path):
+    """The tokens of a text file, or of all files below a folder, in the order of their paths."""
+    path = Path(path)
+    ensure(path.exists(), f"--text {path}: no such file or folder, nor openwebtext or stdlib")
+    paths = [path]
+    if path.is_dir():
+        names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        paths = [path / name for name in names if not re.search(r"(^|/)\.", name.as_posix())]
+    ensure(paths, f"--text {path}: the folder has no files")
+    documents = []
+    for file in paths:
+        with reading(file):
+            document = file.read_bytes().decode("utf-8")
+            ensure("\0" not in document, "it is not text")
+            documents.append(document)
+    return encode(model, documents)
+
+
+def encode(model, documents):
+    """Token ids of documents (a list of strings), joined by end-of-text: a 1-D array."""
+    tokenizer = load_tokenizer(model)
+    separator = end_of_text(model, tokenizer)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    parts = []
+    total = sum(len(document) for document in documents)
+    for document in progress(documents, "encoding", total, "characters"):
+        for ids in tokenizer.encode_ordinary_batch(pieces(document), num_threads=os.cpu_count()):
+            parts.append(np.array(ids, dtype=dtype))
+        parts.append(np.array([separator], dtype=dtype))
+    return np.concatenate(parts)[:-1]
+
+
+def pieces(document, size=1 << 16):
+    """Cut a document where the tokens cannot change: before white space that follows a word. None
+    of GPT-2's words contains such a place (see SPLIT in gpt2.py)."""
+    cut = re.compile(r"(?<=\S)[ \n]")
+    result = []
+    start = 0
+    while match := cut.search(document, start + size):
+        result.append(document[start : match.start()])
+        start = match.start()
+    result.append(document[start:])
+    return result
 
 
 def windows(tokens, context):
@@ -35,24 +130,6 @@ def windows(tokens, context):
 
 def held_out(config):
     """`n_eval` sequences, spread evenly over the held-out text: an array (n_eval, context)."""
-    text = windows(load_tokens(config.model, "val"), config.context)
+    text = windows(load_tokens(config.model, "val", config.text), config.context)
     n = min(config.n_eval, len(text))
     return text[np.arange(n) * len(text) // n].astype(np.int64)
-
-
-def run_command(main):
-    """Exit with the code that main() returns; print an error of the user as one line."""
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        code = main()
-    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print("error:", " ".join(str(error).split())[:1000], file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as end:
-        code = end.code
-    sys.stdout.flush()
-    if "WORLD_SIZE" in os.environ:  # gloo's threads now and then abort a process that ends normally
-        os._exit(code or 0)
-    sys.exit(code)

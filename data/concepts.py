@@ -14,209 +14,327 @@ import io
 import keyword
 import tokenize
 from collections import defaultdict
-from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 
 import e2e_sae
-from data import run_command, windows
+from data import windows
 from data.stdlib import read_files
-from gpt2 import END_OF_TEXT, GPT, ensure, load_tokenizer
+from gpt2 import GPT, ensure, load_tokenizer, run_command
 
-CONSTANTS = {"True", "False", "None"}
-KEYWORDS = set(keyword.kwlist) - CONSTANTS
-BUILTINS = set(dir(builtins)) - CONSTANTS
+# ---- Concepts from `tokenize`: what a word is and where it stands --------------------------------
+
+def words_of(source):
+    """Yield (kind, word, begin, end) for each token, an f-string being one; places (row, column).
+
+    Python 3.11 tokenizes an f-string as one string. Later versions split it into a START, its parts
+    (with f-strings among them) and an END.
+    """
+    open_strings = []  # where the f-strings around this token begin
+    for kind, word, begin, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[kind]
+        if name.endswith("STRING_START"):  # FSTRING_START; TSTRING_START for Python 3.14's t"..."
+            open_strings.append(begin)
+        elif name.endswith("STRING_END"):
+            kind = tokenize.STRING
+            begin = open_strings.pop()
+        if not open_strings:
+            yield kind, word, begin, end
 
 
-# ---- Where a concept holds -----------------------------------------------------------------------
+def word_concepts(kind, word, before, indent, brackets):
+    """Yield the concepts of a word; `before` is the previous word of its statement, or ""."""
+    if before == "" and kind != tokenize.STRING:
+        yield "first word of a statement"
+    if 1 <= indent <= 3:
+        yield f"indented {indent} deep"
+    if brackets > 0:
+        yield "inside brackets"
+    if brackets > 1:
+        yield "inside two brackets"
+    if kind == tokenize.NUMBER:
+        yield "number"
+    if kind == tokenize.OP:
+        yield "operator or bracket"
+        if word in ")]}":
+            yield "closing bracket"
+    if kind == tokenize.NAME:
+        if word in ("True", "False", "None"):
+            yield "True, False, None"
+        elif keyword.iskeyword(word):
+            yield "keyword"
+        elif word in vars(builtins) and before != ".":
+            yield "name of a builtin"
+        elif word == "self":
+            yield "self"
+        if before in ("def", "class"):
+            yield "name being defined"
+        if before == ".":
+            yield "attribute after a dot"
+        if len(word) > 1 and word.isupper():
+            yield "name in capitals"
+
 
 def token_spans(source):
-    """Concepts from `tokenize`: yield (concept, begin, end), each place a (row, column)."""
-    depth, brackets, before, decorator = 0, 0, "", None  # before: the statement's previous word
-    for kind, word, begin, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
-        depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
-        if kind == tokenize.COMMENT:
+    """Yield (concept, begin, end), each place a (row, column in characters)."""
+    indent = 0
+    brackets = 0  # open ones; a closing bracket is outside its own pair
+    before = ""  # the previous word of the statement
+    decorator = None  # where it begins, if the statement is one
+    for kind, word, begin, end in words_of(source):
+        if kind == tokenize.INDENT:
+            indent += 1
+        elif kind == tokenize.DEDENT:
+            indent -= 1
+        elif kind == tokenize.COMMENT:
             yield "comment", begin, end
-        if kind == tokenize.NEWLINE:
+        elif kind == tokenize.NEWLINE:  # the end of a statement
             if decorator:
                 yield "decorator", decorator, end
-            before, decorator = "", None
-        if kind not in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
-            continue
-        if word == "@" and before == "":
-            decorator = begin
-        name, op = kind == tokenize.NAME, kind == tokenize.OP
-        brackets += op and (word in "([{") - (word in ")]}")
-        holds = {
-            "first word of a statement": before == "" and kind != tokenize.STRING,
-            f"indented {depth} deep": 1 <= depth <= 3,
-            "number": kind == tokenize.NUMBER,
-            "operator or bracket": op,
-            "closing bracket": op and word in ")]}",
-            "inside brackets": brackets > 0,
-            "inside two brackets": brackets > 1,
-            "True, False, None": word in CONSTANTS,
-            "keyword": word in KEYWORDS,
-            "name being defined": name and before in ("def", "class"),
-            "attribute after a dot": name and before == ".",
-            "self": word == "self",
-            "name of a builtin": name and before != "." and word in BUILTINS,
-            "name in capitals": name and len(word) > 1 and word.isupper(),
-        }
-        yield from ((concept, begin, end) for concept, is_true in holds.items() if is_true)
-        before = word
+            before = ""
+            decorator = None
+        elif kind in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
+            if word == "@" and before == "":
+                decorator = begin
+            if word in "([{":
+                brackets += 1
+            elif word in ")]}":
+                brackets -= 1
+            for concept in word_concepts(kind, word, before, indent, brackets):
+                yield concept, begin, end
+            before = word
 
 
-WHOLE, BODY = lambda node: [[node]], lambda node: [node.body]
-NODES = {  # concept: types of nodes, and the parts of such a node to label, each a list of nodes
-    "import": ((ast.Import, ast.ImportFrom), WHOLE),
-    "return statement": (ast.Return, WHOLE),
-    "raise statement": (ast.Raise, WHOLE),
-    "assert statement": (ast.Assert, WHOLE),
-    "comparison": (ast.Compare, WHOLE),
-    "lambda": (ast.Lambda, WHOLE),
-    "parameter": (ast.arg, WHOLE),
-    "comprehension": ((ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp), WHOLE),
-    "class body": (ast.ClassDef, BODY),
-    "loop body": ((ast.For, ast.While, ast.AsyncFor), BODY),
-    "exception handler": (ast.ExceptHandler, BODY),
-    "try body": (ast.Try, BODY),
-    "with body": ((ast.With, ast.AsyncWith), BODY),
-    "condition of an if": (ast.If, lambda node: [[node.test]]),
-    "target of an assignment": (ast.Assign, lambda node: [[part] for part in node.targets]),
-    "argument of a call": (ast.Call, lambda node: [[part] for part in node.args + node.keywords]),
-    "subscript": (ast.Subscript, lambda node: [[node.slice]]),
+# ---- Concepts from the syntax tree ---------------------------------------------------------------
+
+WHOLE = {  # concept: the nodes that it covers
+    "import": (ast.Import, ast.ImportFrom),
+    "return statement": ast.Return,
+    "raise statement": ast.Raise,
+    "assert statement": ast.Assert,
+    "comparison": ast.Compare,
+    "lambda": ast.Lambda,
+    "parameter": ast.arg,
+    "comprehension": (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+}
+BODY = {  # concept: the nodes whose body it covers
+    "class body": ast.ClassDef,
+    "loop body": (ast.For, ast.While, ast.AsyncFor),
+    "exception handler": ast.ExceptHandler,
+    "try body": ast.Try,
+    "with body": (ast.With, ast.AsyncWith),
 }
 
 
-def tree_spans(node):
-    """Concepts from the syntax tree: yield (concept, first node, last node)."""
-    value = node.value if isinstance(node, ast.Expr) else node
-    if isinstance(value, ast.JoinedStr) or isinstance(getattr(value, "value", None), (str, bytes)):
-        yield "string" if value is node else "docstring", node, node
-        return  # before Python 3.12 the nodes in an f-string have wrong places
-    for concept, (kinds, parts) in NODES.items():
+def node_spans(node):
+    """Yield (concept, first node, last node) for the concepts of one node, without its children."""
+    for concept, kinds in WHOLE.items():
         if isinstance(node, kinds):
-            yield from ((concept, part[0], part[-1]) for part in parts(node))
-    for child in ast.iter_child_nodes(node):
-        yield from tree_spans(child)
+            yield concept, node, node
+    for concept, kinds in BODY.items():
+        if isinstance(node, kinds):
+            yield concept, node.body[0], node.body[-1]
+    if isinstance(node, ast.If):
+        yield "condition of an if", node.test, node.test
+    if isinstance(node, ast.Subscript):
+        yield "subscript", node.slice, node.slice
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            yield "target of an assignment", target, target
+    if isinstance(node, ast.Call):
+        for argument in node.args + node.keywords:
+            yield "argument of a call", argument, argument
 
+
+def is_string(node):
+    """Whether a node is a string, bytes, an f-string or a t-string (Python 3.14's TemplateStr)."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, (str, bytes))
+    return type(node).__name__ in ("JoinedStr", "TemplateStr")
+
+
+def tree_spans(node):
+    """Yield (concept, first node, last node) for a node and all below it."""
+    if is_string(node):  # do not look inside: Python 3.11 misplaces the nodes in an f-string
+        yield "string", node, node
+    elif isinstance(node, ast.Expr) and is_string(node.value):
+        yield "docstring", node, node
+    else:
+        yield from node_spans(node)
+        for child in ast.iter_child_nodes(node):
+            yield from tree_spans(child)
+
+
+# ---- Labels --------------------------------------------------------------------------------------
 
 def concepts(source):
     """Label a Python file: {concept: bool (byte,)}, all False for a concept that is not in it."""
     lines = io.StringIO(source).readlines()
-    starts = np.cumsum([0] + [len(line.encode()) for line in lines])
-    marks = defaultdict(lambda: np.zeros(starts[-1], dtype=bool))
-    for concept, *places in token_spans(source):  # columns in characters
-        begin, end = (starts[row - 1] + len(lines[row - 1][:column].encode())
-                      for row, column in places)
-        marks[concept][begin:end] = True
+    starts = np.cumsum([0] + [len(line.encode()) for line in lines])  # of the lines, in bytes
+    marks = defaultdict(partial(np.zeros, starts[-1], dtype=bool))
+
+    def offset(row, column):
+        return starts[row - 1] + len(lines[row - 1][:column].encode())
+
+    for concept, begin, end in token_spans(source):  # columns in characters
+        marks[concept][offset(*begin) : offset(*end)] = True
     for concept, first, last in tree_spans(ast.parse(source)):  # columns in bytes
         begin = starts[first.lineno - 1] + first.col_offset
-        marks[concept][begin : starts[last.end_lineno - 1] + last.end_col_offset] = True
+        end = starts[last.end_lineno - 1] + last.end_col_offset
+        marks[concept][begin:end] = True
     return marks
 
 
-def labelled_tokens(tokenizer, split="val"):
-    """(token ids (n,), {concept: bool (n,)}): which concepts hold at each token's last byte."""
-    ids, files = [], []
-    for source in read_files(split).values():
-        with suppress(SyntaxError, tokenize.TokenError):  # skip files that this Python cannot parse
-            files.append(concepts(source))
-            ids += [*tokenizer.encode_ordinary(source), tokenizer.eot_token]
-    last = np.cumsum([len(tokenizer.decode_single_token_bytes(i)) for i in ids]) - 1
-    labels, end_of_text = {}, np.zeros(len(END_OF_TEXT), dtype=bool)
-    for concept in set().union(*files):
-        parts = [part for marks in files for part in (marks[concept], end_of_text)]
-        labels[concept] = np.concatenate(parts)[last]
+def labelled_tokens(tokenizer):
+    """The held-out text as token ids (n,), and which concepts hold at each token's last byte:
+    {concept: bool (n,)}, the rarest concept first."""
+    ids = []
+    places = defaultdict(list)  # concept: indices in `ids`
+    for source in read_files("val").values():
+        try:
+            marks = concepts(source)
+        except (SyntaxError, tokenize.TokenError):
+            continue  # this Python cannot parse the file
+        tokens = tokenizer.encode_ordinary(source)
+        last = np.cumsum([len(tokenizer.decode_single_token_bytes(i)) for i in tokens]) - 1
+        for concept, holds in marks.items():
+            places[concept].extend(len(ids) + np.flatnonzero(holds[last]))
+        ids += tokens + [tokenizer.eot_token]
+    labels = {}
+    for concept in sorted(places, key=lambda concept: len(places[concept])):
+        labels[concept] = np.isin(np.arange(len(ids)), places[concept])
     return np.array(ids), labels
 
 
-# ---- Which features predict it -------------------------------------------------------------------
+# ---- Which features predict them -----------------------------------------------------------------
 
-def best_features(weight, bias, x, truth):
+def f1_score(predicted, truth):
+    """F1 = 2 hits / (predicted + true) for each concept: bool (concept, token) both."""
+    total = predicted.sum(1) + truth.sum(1)
+    return 2 * (predicted & truth).sum(1) / np.maximum(1, total)
+
+
+def best_thresholds(values, truth):
+    """Yield each concept's best F1 with one feature, and its threshold; nothing for a silent one.
+
+    values (token,), truth bool (concept, token). The feature predicts a concept where it is active
+    and at least the threshold.
+    """
+    active = np.flatnonzero(values > 0)
+    if len(active) == 0:
+        return
+    active = active[np.argsort(-values[active])]  # strongest first
+    values = values[active]  # each is tried as the threshold
+    n_predicted = np.searchsorted(-values, -values, side="right")  # counts all equal values
+    for holds in truth:
+        f1 = 2 * holds[active].cumsum() / (n_predicted + np.count_nonzero(holds))
+        best = f1.argmax()
+        yield f1[best], values[best]
+
+
+def best_features(W_enc, b_enc, x, truth):
     """For each concept, the feature and threshold with the best F1 on the first half of the text.
 
-    x (token, d_model), features relu(weight @ x + bias), truth bool (concept, token). A feature
-    predicts a concept where it is active and at least the threshold. Returns three arrays
-    (concept,): F1 on the second half, feature, threshold.
+    x (token, d_model), features relu(x @ W_enc + b_enc), truth bool (concept, token). Returns three
+    arrays (concept,): F1 on the second half, feature, threshold.
     """
     half = len(x) // 2
-    known, tested = truth[:, :half], truth[:, half:]
-    n_true = known.sum(1)
-    best = [(0.0, 0, np.inf)] * len(truth)  # F1, feature, threshold
-    for first in range(0, len(weight), 64):
-        part = slice(first, first + 64)
-        features = torch.addmm(bias[part, None], weight[part], x[:half].T)  # (feature, token)
-        for i, values in enumerate(features.numpy(), first):
-            active = np.flatnonzero(values > 0)
-            active = active[values[active].argsort()[::-1]]  # strongest first
-            values = values[active]
-            predicted = (-values).searchsorted(-values, side="right")  # with each as threshold
-            for c in range(len(truth)) if len(active) else ():
-                f1 = 2 * known[c].take(active).cumsum() / (predicted + n_true[c])
-                k = f1.argmax()
-                if f1[k] > best[c][0]:
-                    best[c] = f1[k], i, values[k]
-    _, feature, threshold = map(np.array, zip(*best))
-    chosen = weight[feature] @ x[half:].T + bias[feature, None]
-    predicted = chosen.numpy() >= threshold[:, None]
-    total = predicted.sum(1) + tested.sum(1)
-    return 2 * (predicted & tested).sum(1) / np.maximum(1, total), feature, threshold
+    known = truth[:, :half]
+    best = [(0, 0, np.inf)] * len(truth)  # F1, feature, threshold
+    i = 0
+    for W, b in zip(W_enc.split(64, dim=1), b_enc.split(64)):  # 64 features at once, for speed
+        for values in torch.addmm(b[:, None], W.T, x[:half].T).numpy():  # (token,)
+            for c, (f1, threshold) in enumerate(best_thresholds(values, known)):
+                if f1 > best[c][0]:
+                    best[c] = (f1, i, threshold)
+            i += 1
+    _, feature, threshold = np.array(best).T
+    feature = feature.astype(int)
+    chosen = x[half:] @ W_enc[:, feature] + b_enc[feature]  # (token, concept)
+    predicted = chosen.numpy() >= threshold
+    return f1_score(predicted.T, truth[:, half:]), feature, threshold
 
 
 def baselines(x, sae):
-    """Encoders to compare with: the coordinates of x, and a random one with the same L0."""
+    """Encoders to compare with, as {name: (W_enc, b_enc)}."""
     unit = torch.eye(x.shape[1])
-    coordinates = torch.cat([unit, -unit])
+    coordinates = torch.cat([unit, -unit], dim=1)  # each one above its mean, and below
+    # A random encoder, its bias moved so that as many features are active as the SAE's
     torch.manual_seed(0)
-    random = torch.nn.Linear(*sae.encoder.weight.T.shape)
+    random = torch.nn.Linear(*sae.W_enc.shape)
     sample = x[:2048]
-    silent = int((sae.encode(sample) == 0).sum())
-    shift = random(sample).flatten().kthvalue(max(1, silent)).values
-    return {"best coordinate of x": (coordinates, -coordinates @ x.mean(0)),
-            "random SAE": (random.weight, random.bias - shift)}
+    n_zeros = int((sae.encode(sample) == 0).sum())
+    shift = random(sample).flatten().kthvalue(max(1, n_zeros)).values
+    return {
+        "best coordinate of x": (coordinates, -x.mean(0) @ coordinates),
+        "random SAE": (random.weight.T, random.bias - shift),
+    }
 
 
 # ---- The table -----------------------------------------------------------------------------------
 
+def residual_stream(tokens, model, layer, context):
+    """The clean residual stream entering a layer, on whole windows of tokens: (token, d_model)."""
+    gpt = GPT.from_pretrained(model)
+    batches = torch.from_numpy(windows(tokens, context)).split(64)
+    x = torch.cat([e2e_sae.entering(gpt, batch, layer) for batch in batches])
+    return x.flatten(0, 1)
+
+
+def cells(values):
+    """F1 scores as cells of a row."""
+    return "".join(f"{value:6.2f}" for value in values)
+
+
+def print_table(concepts, share, f1, feature):
+    """Print a row for each concept, rare ones apart: its share of the tokens, its F1s, its feature.
+
+    concepts, share and feature (concept,), f1 (concept, column).
+    """
+    header = "".join(f"{i:6}" for i in range(1, f1.shape[1] + 1))
+    rare = share < 0.05
+    for title, group in ("rare, under 5% of the tokens", rare), ("common", ~rare):
+        print(f"\n{title:<28}  share{header}   feature of 1")
+        for c in np.flatnonzero(group):
+            print(f"{concepts[c]:<28}{share[c]:7.1%}{cells(f1[c])}{feature[c]:15}")
+        print(f"{'mean':<35}{cells(f1[group].mean(0))}")
+
+
 @torch.no_grad()
 def print_concepts(names):
     """Print the F1 of the best single feature for each concept: SAEs, baselines, always yes."""
-    saes = {name: e2e_sae.SAE.load(name) for name in names}
+    saes = {name: e2e_sae.load_sae(name) for name in names}
     first = saes[names[0]]
-    ensure(all(sae.made_for == first.made_for for sae in saes.values()),
-           f"{', '.join(names)}: give SAEs of one model, layer and context")
-    model, layer, context = (first.made_for[key] for key in ("model", "layer", "context"))
-    tokens, labels = labelled_tokens(load_tokenizer(model))
-    gpt, batches = GPT.from_pretrained(model), torch.from_numpy(windows(tokens, context)).split(64)
-    x = torch.cat([e2e_sae.entering(gpt, batch, layer) for batch in batches]).flatten(0, 1)
-    labels = sorted(labels.items(), key=lambda item: item[1].mean())
-    truth = np.stack([label for _, label in labels])[:, : len(x)]  # (concept, token)
-    share, tested = truth.mean(1), truth[:, len(x) // 2 :].mean(1)
-    encoders = {name: (sae.encoder.weight, sae.encoder.bias) for name, sae in saes.items()}
+    for sae in saes.values():
+        same = sae.made_for == first.made_for
+        ensure(same, f"{', '.join(names)}: give SAEs of one model, layer and context")
+    tokens, labels = labelled_tokens(load_tokenizer(first.made_for["model"]))
+    x = residual_stream(tokens, **first.made_for)
+    truth = np.stack(list(labels.values()))[:, : len(x)]  # (concept, token)
+
+    encoders = {name: (sae.W_enc, sae.b_enc) for name, sae in saes.items()}
     encoders |= baselines(x, first)
-    f1, features, _ = zip(*(best_features(*encoder, x, truth) for encoder in encoders.values()))
-    f1 = np.stack([*f1, 2 * tested / (1 + tested)])  # (column, concept)
+    f1 = {}  # of each column, (concept,)
+    features = {}
+    for name, (W_enc, b_enc) in encoders.items():
+        f1[name], features[name], _ = best_features(W_enc, b_enc, x, truth)
+    tested = truth[:, len(x) // 2 :]
+    f1["always yes"] = f1_score(np.ones_like(tested), tested)
 
     print(f"F1 of the best single feature for each concept, chosen on one half of {len(x):,} "
           "tokens, tested on the other")
-    for i, name in enumerate([*encoders, "always yes"], 1):
+    for i, name in enumerate(f1, 1):
         print(f"  {i:2}: {name}")
-    header = "".join(f"{i:6}" for i in range(1, len(f1) + 1)) + "   feature of 1"
-    for title, group in ("rare, under 5% of the tokens", share < 0.05), ("common", share >= 0.05):
-        print(f"\n{title:<28}  share{header}")
-        for c in np.flatnonzero(group):
-            cells = "".join(f"{value:6.2f}" for value in f1[:, c])
-            print(f"{labels[c][0]:<28}{share[c]:7.1%}{cells}{features[0][c]:15}")
-        print(f"{'mean':<35}" + "".join(f"{value:6.2f}" for value in f1[:, group].mean(1)))
+    columns = np.stack(list(f1.values()), axis=1)
+    print_table(list(labels), truth.mean(1), columns, features[names[0]])
 
 
 def main():
     """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("saes", nargs="+", metavar="SAE", help="run folders, or as SAE.load takes")
+    parser.add_argument("saes", nargs="+", metavar="SAE", help="run folders, or as load_sae takes")
     print_concepts(parser.parse_args().saes)
 
 

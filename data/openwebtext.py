@@ -15,12 +15,13 @@ import os
 import re
 import sys
 import tarfile
-from itertools import islice
+from itertools import chain, islice
+from operator import attrgetter
 
 import numpy as np
 
 import gpt2
-from gpt2 import download, ensure, load_tokenizer, lock, progress, reading, writing
+from gpt2 import download, ensure, load_tokenizer, lock, progress, reading, run_command, writing
 
 REPO = "datasets/Skylion007/openwebtext/resolve/39d1a6d3f3a4c838b27bbc65bfb14a2f6f727740"
 SHA256 = [  # of the first subsets; the server states those of the others
@@ -29,36 +30,40 @@ SHA256 = [  # of the first subsets; the server states those of the others
 ]
 
 
+def unpack(xz):
+    """Yield the documents of one .xz file, given its bytes."""
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(xz))) as pages:
+        for page in pages:
+            if page.name.endswith(".txt"):
+                text = pages.extractfile(page).read().decode("utf-8", errors="replace")
+                yield re.sub(r"\n\n\n+", "\n\n", text).strip()  # as the data set's own loader
+
+
 def documents(path):
     """Yield the documents of a subset: three or more newlines become two, the ends are stripped."""
     with reading(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as subset:
         size = os.path.getsize(path)
-        for member in progress(subset, f"reading {path}", size, "bytes", lambda item: item.size):
-            if not member.name.endswith(".xz"):
-                continue
-            unpacked = lzma.decompress(subset.extractfile(member).read())
-            with tarfile.open(fileobj=io.BytesIO(unpacked)) as pages:
-                for page in pages:
-                    if page.name.endswith(".txt"):
-                        text = pages.extractfile(page).read().decode("utf-8", errors="replace")
-                        yield re.sub(r"\n\n\n+", "\n\n", text).strip()
+        for member in progress(subset, f"reading {path}", size, "bytes", attrgetter("size")):
+            if member.name.endswith(".xz"):
+                yield from unpack(subset.extractfile(member).read())
         file.seek(subset.offset)  # where tarfile stopped, without an error if a header is damaged
         ensure(file.read(512) == bytes(512), "it does not end as a tar ends")
 
 
 def tokenize(paths, tokenizer, target):
     """Write train.bin and val.bin (the last documents: 0.5 % of the tokens, at most a million)."""
-    texts = (text for path in paths for text in documents(path))
+    texts = chain.from_iterable(map(documents, paths))
     starts = []  # of the documents, in tokens
     with writing(target / "train.bin") as train:
         while batch := list(islice(texts, 1000)):
             for ids in tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
                 starts.append(train.tell() // 2)
-                train.write(np.array([*ids, tokenizer.eot_token], dtype="<u2"))
+                train.write(np.array(ids + [tokenizer.eot_token], dtype="<u2"))
         ensure(len(starts) > 1, f"{paths[0]} holds {len(starts)} documents, too few; replace it")
         total = train.tell() // 2 - 1  # end-of-text stands between documents, not at the end
         n_val = min(total // 200, 1_000_000)
-        start = next(s for s in reversed(starts) if total - s >= n_val or s == starts[1])
+        latest = max(starts[1], total - n_val)  # at least one document is for training
+        start = max(start for start in starts if start <= latest)
         train.flush()
         with writing(target / "val.bin") as val:
             val.write(np.fromfile(train.name, dtype="<u2", offset=2 * start)[:-1])
@@ -70,15 +75,16 @@ def tokenize(paths, tokenizer, target):
 def prepare(subsets=1):
     """Make train.bin and val.bin from the first subsets, unless they exist; return their folder."""
     folder = gpt2.DATA / "openwebtext"
-    done = lambda: all((folder / f"{split}.bin").exists() for split in ("train", "val"))
-    if not done():
-        tokenizer, paths = load_tokenizer("gpt2"), []
+    train = folder / "train.bin"  # the last file to be written
+    if not train.exists():
+        tokenizer = load_tokenizer("gpt2")
+        paths = []
         for i in range(subsets):
             path = folder / f"urlsf_subset{i:02}.tar"
             sha256 = SHA256[i] if i < len(SHA256) else None
             paths.append(download(f"{gpt2.HUB}/{REPO}/subsets/{path.name}", path, sha256))
         with lock(folder):
-            if not done():  # another process may have been faster
+            if not train.exists():  # another process may have been faster
                 tokenize(paths, tokenizer, folder)
     return folder
 
@@ -99,6 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run_command
-
     run_command(main)

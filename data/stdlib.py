@@ -12,6 +12,7 @@ import json
 import re
 import sysconfig
 from collections import Counter
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -19,76 +20,122 @@ import torch
 import torch.nn.functional as F
 
 import gpt2
-from gpt2 import ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, progress
-
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
-VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
+from gpt2 import (
+    ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, progress, run_command, writing)
 
 
 # ---- The text ------------------------------------------------------------------------------------
 
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
+
+
+def is_text(name):
+    """Whether a file is part of the text: no test, no table, not machine-made."""
+    machine_made = name.startswith("config-") or "_sysconfigdata" in name
+    return not machine_made and LEFT_OUT.isdisjoint(name.split("/"))
+
+
+def split_of(name):
+    """The split of a file, "train" or "val": one file in ten is in val, by a hash of its name."""
+    # Packages in newer Pythons, single files in 3.11, which the model was trained on
+    name = re.sub("^(zipfile|pathlib)/.*", r"\1.py", name)
+    return "val" if hashlib.sha256(name.encode()).digest()[0] < 26 else "train"
+
+
 def read_files(split):
     """The library's source files of one split, as {name: text}, sorted by name."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
-    names = [name for name in names
-             if not LEFT_OUT & set(name.split("/")) and "_sysconfigdata" not in name]
+    names = sorted(filter(is_text, glob("**/*.py", root_dir=folder, recursive=True)))
     ensure(len(names) >= 100, f"{folder} holds {len(names)} source files of Python's standard "
                               "library, too few; use a Python that has its source on disk")
-    in_val = lambda name: hashlib.sha256(name.encode()).digest()[0] < 26  # one file in ten
-    return {name: (folder / name).read_text(encoding="utf-8", errors="replace")
-            for name in names if in_val(name) == (split == "val")}
+    return {name: (folder / name).read_text("utf-8", errors="replace")
+            for name in names if split_of(name) == split}
 
 
 def load_tokens(tokenizer, split):
-    """Token ids of a split (1-D uint16): its files, joined by end-of-text."""
+    """Token ids of a split, its files joined by end-of-text: 1-D uint16, uint32 if they need it."""
     tokens = []
     for document in tokenizer.encode_ordinary_batch(list(read_files(split).values())):
-        tokens += [*document, tokenizer.eot_token]
-    return np.array(tokens[:-1], dtype=np.uint16)
+        tokens += document + [tokenizer.eot_token]
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    return np.array(tokens[:-1], dtype)
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
 
+VOCAB_SIZE = 1024  # 256 bytes, 767 merges, end-of-text
+# GPT-2's split into words, without the `regex` package: the same on all but exotic digits
+WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+
+
+def merge(word, left, right):
+    """Replace each `left`, `right` in a word, a list of tokens, by one token, in place."""
+    for i in range(len(word)):  # the word gets shorter; past its end, the slice is empty
+        if word[i : i + 2] == [left, right]:
+            word[i : i + 2] = [left + right]
+
+
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016): the merges, as a list of pairs of byte strings."""
-    # GPT-2's split into words, without the `regex` package: the same on all but exotic digits
-    split = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
-    counts = Counter(word for text in texts for word in split.findall(text))
-    words = [([bytes([byte]) for byte in word.encode()], n) for word, n in counts.items()]
+    counts = Counter()
+    for text in texts:
+        counts.update(WORD.findall(text))
+    words = []  # (tokens, occurrences); first, each byte is a token
+    for word, n in counts.items():
+        words.append(([bytes([byte]) for byte in word.encode()], n))
     merges = {}  # new token: the pair that it replaces
-    while len(merges) < vocab_size - 257:  # 256 bytes and end-of-text are tokens, too
+    while len(merges) < vocab_size - 257:  # the others are the 256 bytes and end-of-text
         pairs = Counter()
         for word, n in words:
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
-        new = (pair for pair in pairs if b"".join(pair) not in merges)  # a token has one id
-        best = max(new, key=lambda pair: (pairs[pair], pair))  # the bytes break ties
-        merges[b"".join(best)] = best
+        new = [pair for pair in pairs if b"".join(pair) not in merges]  # a token has one id
+        left, right = max(new, key=lambda pair: (pairs[pair], pair))  # the bytes break ties
+        merges[left + right] = (left, right)
         for word, _ in words:
-            for i in range(len(word)) if best[0] in word else ():
-                if tuple(word[i : i + 2]) == best:
-                    word[i : i + 2] = [b"".join(best)]
+            if left in word:
+                merge(word, left, right)
     return list(merges.values())
 
 
 def write_tokenizer(merges, folder):
     """Write vocab.json and merges.txt in GPT-2's format."""
-    characters = {byte: char for char, byte in ALPHABET.items()}
-    merges = [["".join(characters[byte] for byte in part) for part in pair] for pair in merges]
-    tokens = [*ALPHABET, *map("".join, merges), END_OF_TEXT]
-    vocab = json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
-    lines = ["#version: 0.2", *map(" ".join, merges), ""]
-    for name, text in ("vocab.json", vocab), ("merges.txt", "\n".join(lines)):
-        with gpt2.writing(folder / name) as file:
-            file.write(text.encode())
+    characters = dict(zip(ALPHABET.values(), ALPHABET))  # one for each byte
+    tokens = list(ALPHABET)
+    lines = ["#version: 0.2"]
+    for left, right in merges:
+        left = "".join(map(characters.get, left))
+        right = "".join(map(characters.get, right))
+        tokens.append(left + right)
+        lines.append(f"{left} {right}")
+    tokens.append(END_OF_TEXT)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    with writing(folder / "vocab.json") as file:
+        file.write(json.dumps(vocab, ensure_ascii=False).encode())
+    with writing(folder / "merges.txt") as file:
+        file.write("\n".join(lines).encode() + b"\n")
 
 
 # ---- The model and its training: about two hours on two CPU cores --------------------------------
 
-SIZES = GPTConfig(n_layer=6, n_head=4, n_embd=128, n_positions=128, vocab_size=VOCAB_SIZE)
-STEPS, BATCH_SIZE = 6144, 32  # 25.2 million tokens, 7.5 times through the text
-LR_MATRICES, LR_REST = 0.02, 2e-3
+CONFIG = GPTConfig(n_layer=6, n_head=4, n_embd=128, n_positions=128, vocab_size=VOCAB_SIZE)
+STEPS = 6144  # 25.2 million tokens, 7.5 times through the text
+BATCH_SIZE = 32
+LR_MATRICES = 0.02
+LR_REST = 2e-3
+
+
+def batches(tokens, context, steps):
+    """Yield random batches (BATCH_SIZE, context + 1): inputs, and targets one token further."""
+    random = np.random.default_rng(0)
+    for _ in range(steps):
+        starts = random.integers(len(tokens) - context, size=(BATCH_SIZE, 1))
+        yield tokens[starts + np.arange(context + 1)]
+
+
+def next_token_loss(logits, batch):
+    """Mean cross-entropy: logits (batch, pos, vocab) for the tokens of `batch` but the first."""
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def orthogonalize(matrix):
@@ -105,41 +152,52 @@ def orthogonalize(matrix):
     return x.T if tall else x
 
 
-def train_model(tokens, sizes, steps):
-    """Train a GPT-2 from scratch: the blocks' matrices by Muon, the rest by Adam.
+@torch.no_grad()
+def muon_step(matrix, momentum, lr):
+    """Update a matrix and its momentum from its gradient: Nesterov momentum, orthogonalized."""
+    momentum.lerp_(matrix.grad, 0.05)
+    update = orthogonalize(matrix.grad.lerp(momentum, 0.95))
+    stretch = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5  # for matrices with more outputs
+    matrix -= lr * stretch * update
+
+
+@torch.no_grad()
+def new_model(config):
+    """A GPT-2 to be trained, in which each block starts as the identity."""
+    torch.manual_seed(0)
+    gpt = GPT(config).requires_grad_(True)
+    for name, parameter in gpt.named_parameters():
+        if ".c_proj." in name or name.endswith("bias"):
+            parameter.zero_()
+        elif name.startswith(("wte", "wpe")):
+            parameter.normal_(std=0.02)
+    return gpt
+
+
+def train_model(tokens, config, steps):
+    """Train a GPT-2 on token ids (n,): the blocks' matrices by Muon, the rest by Adam.
 
     The upper half of the blocks joins after 40 % of the steps, which saves a sixth of the work. The
     loss does not jump then, because every block starts as the identity.
     """
-    torch.manual_seed(0)
-    random = np.random.default_rng(0)
-    gpt = GPT(sizes).requires_grad_(True)
-    matrices, rest = [], []
-    for name, parameter in gpt.named_parameters():
-        if ".c_proj." in name or name.endswith("bias"):
-            torch.nn.init.zeros_(parameter)  # each block starts as the identity
-        elif name.startswith(("wte", "wpe")):
-            torch.nn.init.normal_(parameter, std=0.02)
-        is_matrix = name.startswith("h.") and parameter.ndim == 2
-        (matrices if is_matrix else rest).append(parameter)
+    gpt = new_model(config)
+    matrices = [p for p in gpt.h.parameters() if p.ndim == 2]
     momenta = [torch.zeros_like(p) for p in matrices]
+    rest = [p for name, p in gpt.named_parameters() if not name.startswith("h.") or p.ndim == 1]
     adam = torch.optim.Adam(rest, betas=(0.9, 0.95), fused=True)
-    for step in progress(range(1, steps + 1), "training", steps, "steps", lambda step: 1):
-        starts = random.integers(len(tokens) - sizes.n_positions, size=(BATCH_SIZE, 1))
-        text = tokens[starts + np.arange(sizes.n_positions + 1)].astype(np.int64)
-        batch = torch.from_numpy(text)
+    data = batches(tokens, config.n_positions, steps)
+    data = progress(data, "training", steps * BATCH_SIZE, "sequences")
+    for step, batch in enumerate(data, 1):
+        n_blocks = config.n_layer if step > 0.4 * steps else config.n_layer // 2
         x = gpt.embed(batch[:, :-1])
-        for block in gpt.h[: sizes.n_layer if step > 0.4 * steps else sizes.n_layer // 2]:
+        for block in gpt.h[:n_blocks]:
             x = block(x)
-        loss = F.cross_entropy(gpt.unembed(x).flatten(0, 1), batch[:, 1:].flatten())
+        loss = next_token_loss(gpt.unembed(x), batch)
         loss.backward()
         lr = min(step / 100, (steps - step) / (0.7 * steps), 1)  # warm up, hold, decay to zero
-        with torch.no_grad():
-            for p, momentum in zip(matrices, momenta):
-                if p.grad is not None:  # None: its block has not joined yet
-                    momentum.lerp_(p.grad, 0.05)
-                    update = orthogonalize(p.grad.lerp(momentum, 0.95))  # Nesterov momentum
-                    p -= lr * LR_MATRICES * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        for matrix, momentum in zip(matrices, momenta):
+            if matrix.grad is not None:  # None: its block has not joined yet
+                muon_step(matrix, momentum, lr * LR_MATRICES)
         adam.param_groups[0]["lr"] = lr * LR_REST
         adam.step()
         gpt.zero_grad()
@@ -156,20 +214,29 @@ def save_model(gpt, tokens, folder):
     SAE's learning rate suits activations near 1. Outputs do not change: LayerNorm divides the scale
     out again (its epsilon is scaled too), and ln_f makes up for the unembedding, which is wte.
     """
-    n, end = gpt.config.n_positions, gpt.config.vocab_size - 1  # end: end-of-text
-    x = gpt.embed(torch.from_numpy(tokens[: 64 * n].astype(np.int64)).unfold(0, n, n))
+    n = gpt.config.n_positions
+    x = gpt.embed(tokens[: 64 * n].unfold(0, n, n))
     for block in gpt.h[: len(gpt.h) // 2]:
         x = block(x)
     scale = 1 / x.pow(2).mean().sqrt()
     tensors = {}
     for name, p in gpt.named_parameters():
-        if name.startswith(("wte", "wpe")) or ".c_proj." in name:
+        if name.startswith(("wte", "wpe")) or ".c_proj." in name:  # what writes to the stream
             p *= scale
-        if name.startswith("ln_f"):
+        elif name.startswith("ln_f"):
             p /= scale
-        tensors[name] = (p.T if ".c_" in name and name.endswith("weight") else p).half()
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **vars(gpt.config),
-              "activation_function": "gelu_new", "bos_token_id": end, "eos_token_id": end}
+        if ".c_" in name and p.ndim == 2:
+            p = p.T  # OpenAI stores (in, out), nn.Linear (out, in)
+        tensors[name] = p.half()
+    end = gpt.config.vocab_size - 1  # end-of-text
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **vars(gpt.config),
+        "activation_function": "gelu_new",
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
     config["layer_norm_epsilon"] *= float(scale**2)
     gpt2.write_safetensors(folder / "model.safetensors", tensors)
     gpt2.write_json(folder / "config.json", config)
@@ -177,11 +244,12 @@ def save_model(gpt, tokens, folder):
 
 def validation_loss(gpt, tokens):
     """Mean cross-entropy in nats per token, on non-overlapping windows of the longest context."""
-    n, losses = gpt.config.n_positions, []
-    for batch in torch.from_numpy(tokens.astype(np.int64)).unfold(0, n, n).split(64):
-        y, targets = gpt(batch[:, :-1]), batch[:, 1:]
-        losses.append(F.cross_entropy(y.flatten(0, 1), targets.flatten(), reduction="none"))
-    return torch.cat(losses).mean()
+    n = gpt.config.n_positions
+    windows = tokens.unfold(0, n, n)
+    total = 0
+    for batch in windows.split(64):
+        total += len(batch) * next_token_loss(gpt(batch[:, :-1]), batch)
+    return total / len(windows)
 
 
 def make(folder, steps):
@@ -189,9 +257,10 @@ def make(folder, steps):
     ensure(steps > 0, f"--steps {steps}: must be at least 1")
     write_tokenizer(train_bpe(read_files("train").values(), VOCAB_SIZE), folder)
     tokenizer = load_tokenizer(folder)
-    tokens = load_tokens(tokenizer, "train")
-    save_model(train_model(tokens, SIZES, steps), tokens, folder)
-    loss = validation_loss(GPT.from_pretrained(folder), load_tokens(tokenizer, "val"))
+    train = torch.from_numpy(load_tokens(tokenizer, "train")).long()
+    val = torch.from_numpy(load_tokens(tokenizer, "val")).long()
+    save_model(train_model(train, CONFIG, steps), train, folder)
+    loss = validation_loss(GPT.from_pretrained(folder), val)
     print(f"validation loss {loss:.3f} nats per token")
 
 
@@ -200,10 +269,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=gpt2.DATA / "stdlib", help="for the files")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training (default: {STEPS})")
-    make(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    make(arguments.folder, arguments.steps)
 
 
 if __name__ == "__main__":
-    from data import run_command
-
     run_command(main)
