@@ -131,14 +131,15 @@ class KLLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
-        n_pos, vocab = len(h_clean), len(unembedding)
-        chunk = max(64, 2**24 // vocab // 64 * 64)  # positions: 64 MB of logits in float32
+        n_pos = len(h_clean)
+        chunk = max(64, 2**24 // len(unembedding) // 64 * 64)  # 64 MB of logits
         chunk = max(chunk, n_pos // 16)  # torch.compile unrolls the loop: keep it short
         kl = 0.0
         gradient = torch.empty_like(h_spliced)
         for start in range(0, n_pos, chunk):
-            c = h_clean[start : start + chunk]
-            s = h_spliced[start : start + chunk]
+            part = slice(start, start + chunk)
+            c = h_clean[part]
+            s = h_spliced[part]
             # Logits are (vocab, pos) here: (pos, vocab) is slower where vocab is odd, as 50,257 is.
             y = (unembedding @ c.T).to(c.dtype)  # c.dtype: autocast must not round the softmax
             y_hat = y + unembedding @ (s - c).T  # so that bfloat16 rounds both logits alike
@@ -146,7 +147,7 @@ class KLLoss(torch.autograd.Function):
             log_q = y_hat.log_softmax(0)
             p = log_p.exp()
             kl += (p * (log_p - log_q)).sum()
-            gradient[start : start + chunk] = (log_q.exp() - p).T @ unembedding
+            gradient[part] = (log_q.exp() - p).T @ unembedding
         ctx.save_for_backward(gradient / n_pos)
         return kl / n_pos
 
@@ -189,10 +190,11 @@ def compute_loss(gpt, sae, tokens, config):
     x = entering(gpt, tokens, config.layer)  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
     x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
-    n_tokens, d_model = tokens.numel(), x.shape[-1]
-    l1 = features.sum(-1, dtype=x.dtype).mean() / d_model  # dtype: bfloat16 is too coarse to sum in
+    l0 = features.count_nonzero() / tokens.numel()
+    l1 = features.sum(-1, dtype=x.dtype)  # (batch, pos); bfloat16 would be too coarse to sum in
+    l1 = l1.mean() / x.shape[-1]  # over d_model, as mse is a mean over it
     mse = F.mse_loss(x_hat, x)
-    terms = {"l0": features.count_nonzero() / n_tokens, "l1": l1, "mse": mse}
+    terms = {"l0": l0, "l1": l1, "mse": mse}
     if config.loss == "local":  # the blocks from `layer` on do not run at all
         return mse + config.sparsity * l1, terms
 
@@ -214,8 +216,8 @@ def compute_loss(gpt, sae, tokens, config):
     # e2e_ds: of two SAEs with the same kl, prefer the one that computes the output as the clean run
     # does. Compared are the streams entering the blocks after `layer`: not x itself, whose error is
     # what end-to-end training allows, nor what leaves the last block, which kl compares.
-    errors = [F.mse_loss(s, c) for s, c in zip(spliced[1:-1], clean[1:-1])]
-    downstream_mse = torch.stack(errors).mean()
+    between = zip(spliced[1:-1], clean[1:-1])
+    downstream_mse = torch.stack([F.mse_loss(s, c) for s, c in between]).mean()
     terms["downstream_mse"] = downstream_mse
     return 0.5 * kl + config.downstream * downstream_mse + config.sparsity * l1, terms
 
@@ -226,11 +228,11 @@ def compute_loss(gpt, sae, tokens, config):
 def evaluate(gpt, sae, tokens, layer):
     """What the model loses if it reads x_hat instead of x, on tokens (sequence, pos): a JSON dict.
 
-    ce, ce_spliced       next-token cross-entropy of the clean and the spliced model (nats per token)
+    ce, ce_spliced       next-token cross-entropy of the clean and the spliced model, in nats
     ce_increase          ce_spliced - ce
     ce_ablated           ce with the mean of x, over all tokens, in the place of x
     ce_recovered         1 - ce_increase / (ce_ablated - ce)
-    kl                   KL(clean || spliced), mean over tokens (nats)
+    kl                   KL(clean || spliced) per token, in nats
     top1_agreement       share of tokens at which both models predict the same token
     l0                   active features per token
     alive, n_features    dictionary elements that are active at least once on `tokens`; all elements
@@ -244,60 +246,60 @@ def evaluate(gpt, sae, tokens, layer):
     tokens = torch.as_tensor(tokens, device=sae.b_dec.device).long()
     batches = tokens.split(4)  # the logits of more would be large
 
-    mean = 0  # of the streams entering `layer` and each later block, (layers, 1, 1, d_model)
+    mean = 0  # of the streams entering `layer` and each later block, over all tokens
     for batch in batches:
         clean = torch.stack(run_blocks(gpt, entering(gpt, batch, layer), layer)[:-1])
-        mean = mean + clean.sum((1, 2), keepdim=True) / tokens.numel()
+        mean = mean + clean.sum((1, 2), keepdim=True) / tokens.numel()  # (layers, 1, 1, d_model)
 
-    ce = ce_spliced = kl = top1 = 0  # means over tokens, a batch at a time
-    mse = variance = ratios = fired = 0
+    totals = {}
+    fired = 0
     for batch in progress(batches, "evaluating", len(tokens), "sequences"):
-        share = len(batch) / len(tokens)
         x = entering(gpt, batch, layer)
         features = sae.encode(x)  # (batch, pos, n_features)
-        x_hat = sae.decode(features)
         fired += (features > 0).sum((0, 1))
-        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
-        ratios = ratios + share * ratio.mean(0)
-
+        x_hat = sae.decode(features)
         clean = run_blocks(gpt, x, layer)
         spliced = run_blocks(gpt, x_hat, layer)
-        log_p = gpt.unembed(clean[-1]).log_softmax(-1)  # (batch, pos, vocab)
-        log_q = gpt.unembed(spliced[-1]).log_softmax(-1)
-        ce += share * F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]).item()
-        ce_spliced += share * F.nll_loss(log_q[:, :-1].mT, batch[:, 1:]).item()
-        kl += share * (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        top1 += share * (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
-
-        clean = torch.stack(clean[:-1])  # (layers, batch, pos, d_model)
-        spliced = torch.stack(spliced[:-1])
-        mse = mse + share * (spliced - clean).pow(2).mean((1, 2, 3))  # (layers,)
-        variance = variance + share * (clean - mean).pow(2).mean((1, 2, 3))
+        log_p = gpt.unembed(clean.pop()).log_softmax(-1)  # (batch, pos, vocab)
+        log_q = gpt.unembed(spliced.pop()).log_softmax(-1)
+        clean = torch.stack(clean)  # (layers, batch, pos, d_model)
+        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
+        measures = {
+            "ce": F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]),
+            "ce_spliced": F.nll_loss(log_q[:, :-1].mT, batch[:, 1:]),
+            "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+            "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(),
+            "l2_ratio": ratio[:, 1:].mean(),
+            "l2_ratio_first": ratio[:, 0].mean(),
+            "mse": (torch.stack(spliced) - clean).pow(2).mean((1, 2, 3)),  # (layers,)
+            "variance": (clean - mean).pow(2).mean((1, 2, 3)),
+        }
+        for name, value in measures.items():  # means over the batch, weighted by its size
+            share = len(batch) / len(tokens)
+            totals[name] = totals.get(name, 0) + share * np.array(value.tolist())
 
     # Ablation puts the mean of x at every position. Attention over equal values returns that value,
     # so the model then predicts the same at every position, and a run over one token is enough.
     log_m = gpt.unembed(run_blocks(gpt, mean[0], layer)[-1]).log_softmax(-1).flatten()  # (vocab,)
+    ce = totals["ce"]
+    ce_increase = totals["ce_spliced"] - ce
     ce_ablated = -log_m[tokens[:, 1:]].mean().item()
-    explained = 1 - mse / variance
-    return {
-        "ce": ce,
-        "ce_spliced": ce_spliced,
-        "ce_increase": ce_spliced - ce,
+    mse = totals["mse"]
+    explained_variance = 1 - mse / totals.pop("variance")
+    totals |= {
+        "ce_increase": ce_increase,
         "ce_ablated": ce_ablated,
-        "ce_recovered": 1 - (ce_spliced - ce) / (ce_ablated - ce),
-        "kl": kl,
-        "top1_agreement": top1,
+        "ce_recovered": 1 - ce_increase / (ce_ablated - ce),
+        "mse": mse[0],
+        "mse_by_layer": mse,
+        "explained_variance": explained_variance[0],
+        "explained_variance_by_layer": explained_variance,
         "l0": fired.sum().item() / tokens.numel(),
         "alive": fired.count_nonzero().item(),
         "n_features": len(fired),
-        "mse": mse[0].item(),
-        "explained_variance": explained[0].item(),
-        "mse_by_layer": mse.tolist(),
-        "explained_variance_by_layer": explained.tolist(),
-        "l2_ratio": ratios[1:].mean().item(),
-        "l2_ratio_first": ratios[0].item(),
         "tokens": tokens.numel(),
     }
+    return {name: np.array(value).tolist() for name, value in totals.items()}
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -312,9 +314,9 @@ STDLIB_SPARSITY = {"local": 1.15, "e2e": 1.8, "e2e_ds": 5.0, "finish": 1.15}
 EXECUTION = ("device", "dtype", "compile", "micro_batch", "checkpoint_minutes")
 
 
-def setting(help):
-    """A field of Config with its line for --help. Its default is filled in later."""
-    return field(default=None, metadata={"help": help})
+def setting(help, default=None):
+    """A field of Config with its line for --help. None: the default depends on other settings."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -322,10 +324,10 @@ class Config:
     """A run's settings: `n_sequences` is the flag --n-sequences and an entry of config.json. What
     is None gets its default. UserError if a value is out of range or does not fit the model."""
     model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
-    text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder with "
-                        "train.bin and val.bin (what the model was trained on)")
+    text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder "
+                        "with train.bin and val.bin (what the model was trained on)")
     layer: int = setting("the SAE reads the residual stream entering this block (6; stdlib 3)")
-    loss: str = setting("local, e2e, e2e_ds or finish (e2e)")
+    loss: str = setting("local, e2e, e2e_ds or finish (e2e)", "e2e")
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
     sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY})")
@@ -335,20 +337,23 @@ class Config:
     context: int = setting("tokens per sequence (1024; stdlib 128)")
     batch_size: int = setting("sequences per optimizer step (16; stdlib 4)")
     lr: float = setting("Adam's learning rate, which falls to a tenth (5e-4; stdlib 5e-3)")
-    n_eval: int = setting("held-out sequences to evaluate on (500)")
-    seed: int = setting("of the SAE's initialisation and the order of the text (0)")
+    n_eval: int = setting("held-out sequences to evaluate on (500)", 500)
+    seed: int = setting("of the SAE's initialisation and the order of the text (0)", 0)
     device: str = setting("cuda, mps or cpu (cuda if there is one)")
     dtype: str = setting("float32 or bfloat16 for matrix products (bfloat16 on cuda)")
     compile: bool = setting("torch.compile the loss (on cuda)")
     micro_batch: int = setting("sequences in memory at once (batch_size)")
-    checkpoint_minutes: float = setting("minutes between checkpoints (10)")
+    checkpoint_minutes: float = setting("minutes between checkpoints (10)", 10.0)
     out: str = setting("the run's folder (out/MODEL-layerN-LOSS)")
 
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            right = value is None or type(value) is f.type or (f.type is float and type(value) is int)
-            ensure(right and value != "", f"{flag(f.name)} {value!r}: must be a {f.type.__name__}")
+            kinds = (int, float) if f.type is float else (f.type,)
+            ensure(value is None or type(value) in kinds and value != "",
+                   f"{flag(f.name)} {value!r}: must be a {f.type.__name__}, not empty")
+        ensure(self.loss in PAPER_SPARSITY,
+               f"--loss {self.loss}: one of {', '.join(PAPER_SPARSITY)}")
         fill_in_defaults(self)
         check(self)
 
@@ -370,31 +375,30 @@ def fill_in_defaults(config):
             default(name, value)
         default("n_features", len(sae.b_enc))
     default("model", "gpt2")
-    default("loss", "e2e")
-    ensure(config.loss in PAPER_SPARSITY,
-           f"--loss {config.loss}: one of {', '.join(PAPER_SPARSITY)}")
+    if config.text is None:
+        config.text = data.default_text(config.model)
+    elif config.text not in ("openwebtext", "stdlib"):
+        config.text = os.path.abspath(config.text)
     sizes = gpt2.model_config(config.model)
     if config.model == "stdlib":
-        defaults = STDLIB | {"sparsity": STDLIB_SPARSITY[config.loss], "n_features": 8 * sizes.n_embd}
+        defaults = STDLIB
+        default("n_features", 8 * sizes.n_embd)
+        default("sparsity", STDLIB_SPARSITY[config.loss])
     else:
-        defaults = PAPER | {"sparsity": PAPER_SPARSITY[config.loss], "n_features": 60 * sizes.n_embd}
-    if config.model not in gpt2.SIZES and config.model != "stdlib":  # fit the model of a folder
-        defaults["layer"] = sizes.n_layer // 2
-        defaults["context"] = min(PAPER["context"], sizes.n_positions)
+        defaults = PAPER
+        default("n_features", 60 * sizes.n_embd)
+        default("sparsity", PAPER_SPARSITY[config.loss])
+        if config.model not in gpt2.SIZES:  # a folder: the middle layer, a context that it has
+            default("layer", sizes.n_layer // 2)
+            default("context", min(PAPER["context"], sizes.n_positions))
     for name, value in defaults.items():
         default(name, value)
     default("downstream", 0.05 if config.layer == 10 else 2.5)
-    default("n_eval", 500)
-    default("seed", 0)
     default("device", "cuda" if torch.cuda.is_available() else "cpu")
     default("dtype", "bfloat16" if config.device == "cuda" else "float32")
     default("compile", config.device == "cuda")
     default("micro_batch", config.batch_size)
-    default("checkpoint_minutes", 10.0)
     default("out", f"out/{Path(config.model).resolve().name}-layer{config.layer}-{config.loss}")
-    default("text", data.default_text(config.model))
-    if config.text not in ("openwebtext", "stdlib"):
-        config.text = os.path.abspath(config.text)
 
 
 def check(config):
@@ -456,8 +460,11 @@ def train(config, resume=False):
     # Under torchrun each process takes its share of every batch; rank 0 also writes and evaluates
     rank = int(os.getenv("RANK", 0))
     world = int(os.getenv("WORLD_SIZE", 1))
-    out, device, batch_size = config.out, config.device, config.batch_size
-    ensure(world <= batch_size, f"--batch-size {batch_size}: {world} processes need a sequence each")
+    batch_size = config.batch_size
+    device = config.device
+    out = config.out
+    ensure(world <= batch_size,
+           f"--batch-size {batch_size}: each of {world} processes needs a sequence")
     ensure(resume or not os.path.exists(out),
            f"{out} exists: --resume {out}, or choose another --out")
     if device == "cuda":
@@ -546,12 +553,12 @@ def train(config, resume=False):
         if rank > 0:
             raise SystemExit  # rank 0 evaluates
         save_sae(sae, out, config.model, config.layer, config.context)
-        saved = load_sae(out).to(device)  # so that --evaluate gives the same figures to the last digit
+        saved = load_sae(out).to(device)  # as --evaluate will, so that it gives the same figures
         write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
     return sae
 
 
-# ---- The method ends here. What follows: signals and files, looking at results, the command line --
+# ---- The method ends here. Next: signals and a run's files ---------------------------------------
 
 @contextmanager
 def catch_signals(world):
@@ -608,7 +615,7 @@ def report(line, log, seconds, config, n_steps, signals):
 
 @contextmanager
 def open_log(out, rank):
-    """The run's log, line by line, while no other process may use the folder. Only rank 0 writes."""
+    """The run's log, and a lock: no other process can use the folder. Only rank 0 writes."""
     if rank > 0:
         yield None
         return
@@ -693,8 +700,8 @@ def save_sae(sae, folder, model, layer, context):
 
 def load_sae(path_or_name, layer=None):
     """Load a folder of `save_sae` or SAELens, a .pt file of the paper's library (`layer` chooses
-    one of several), or one of the paper's SAEs by name, as in apollo:e2e_similar_ce_layer_6 (fetched
-    once). `made_for` gets its model, layer and context. UserError if it is of another kind."""
+    one of several), or one of the paper's SAEs, apollo:e2e_similar_ce_layer_6, fetched once.
+    `made_for` gets its model, layer and context. UserError if it is of another kind."""
     path = Path(path_or_name)
     if path.name.startswith("apollo:"):
         path = gpt2.DATA / "apollo" / f"{path.name.removeprefix('apollo:')}.pt"
@@ -756,28 +763,24 @@ def read_paper(path, layer):
     """An SAE as the paper's library writes it: (weights, made_for). Its keys are
     blocks-6-hook_resid_pre.encoder.0.weight, .encoder.0.bias, .decoder.weight, .decoder.bias."""
     with reading(path):
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        layers = set()
-        for key in tensors:
-            match = re.match(r"blocks-(\d+)-hook_resid_pre\.", key)
+        saes = {}  # by layer
+        for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            match = re.fullmatch(r"blocks-(\d+)-hook_resid_pre\.(.+)", key)
             ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
-            layers.add(int(match[1]))
-        if layer is None:
-            ensure(len(layers) == 1, f"it has SAEs of the layers {sorted(layers)}: choose by --layer")
-            layer = min(layers)
-        ensure(layer in layers, f"it has SAEs of the layers {sorted(layers)}, not of {layer}")
-        place = f"blocks-{layer}-hook_resid_pre."
-        ours = {name: tensor for name, tensor in tensors.items() if name.startswith(place)}
-        W_enc = gpt2.finite_float32("encoder.0.weight", ours.pop(place + "encoder.0.weight"))
-        b_enc = gpt2.finite_float32("encoder.0.bias", ours.pop(place + "encoder.0.bias"))
-        W_dec = gpt2.finite_float32("decoder.weight", ours.pop(place + "decoder.weight"))
-        b_dec = gpt2.finite_float32("decoder.bias", ours.pop(place + "decoder.bias"))
-        ensure(not ours, f"unknown weights: {', '.join(ours)}")
-        dead = W_dec.norm(dim=0) == 0  # elements of length 0: they must never be active
-        W_enc[dead] = 0
-        b_enc[dead] = 0
-    weights = {"W_enc": W_enc.T.contiguous(), "b_enc": b_enc,
-               "W_dec": W_dec.T.contiguous(), "b_dec": b_dec}
+            weights = saes.setdefault(int(match[1]), {})
+            weights[match[2]] = gpt2.finite_float32(key, tensor)
+        if layer is None and len(saes) == 1:
+            layer = min(saes)
+        ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
+        theirs = saes[layer]
+        weights = {"W_enc": theirs.pop("encoder.0.weight").T.contiguous(),
+                   "b_enc": theirs.pop("encoder.0.bias"),
+                   "W_dec": theirs.pop("decoder.weight").T.contiguous(),
+                   "b_dec": theirs.pop("decoder.bias")}
+        ensure(not theirs, f"unknown weights: {', '.join(theirs)}")
+        dead = weights["W_dec"].norm(dim=1) == 0  # elements without a direction: never active
+        weights["W_enc"][:, dead] = 0
+        weights["b_enc"][dead] = 0
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
 
 
@@ -893,7 +896,8 @@ def compare(opened):
         cosine, rows = nearest(elements, other_elements, skip=int(one == other))
         chance, _ = nearest(elements, F.normalize(torch.randn_like(other_elements)))
         same = (other_index[rows] == index).float().mean()
-        print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}{same:8.1%}")
+        print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}"
+              f"{same:8.1%}")
     print("""cosine: the highest cosine similarity of an alive element, averaged. chance: the same
 with as many random directions. same: nearest elements with the same index. Where that is high, the
 dictionaries are alike because they began alike: compare runs of different --seed.""")

@@ -22,8 +22,8 @@ def default_text(model):
     """The text that a model was trained on. UserError for a model that only its user knows."""
     if model in SIZES:
         return "openwebtext"
-    ensure(model == "stdlib", f"--model {model} needs --text: a UTF-8 file, a folder of such files, "
-           "a folder with train.bin and val.bin, or by name openwebtext or stdlib")
+    ensure(model == "stdlib", f"--model {model} needs --text: a UTF-8 file, a folder of such "
+           "files, a folder with train.bin and val.bin, or by name openwebtext or stdlib")
     return "stdlib"
 
 
@@ -102,8 +102,11 @@ def encode(model, documents):
     parts = []
     total = sum(len(document) for document in documents)
     for document in progress(documents, "encoding", total, "characters"):
-        for ids in tokenizer.encode_ordinary_batch(pieces(document), num_threads=os.cpu_count()):
-            parts.append(np.array(ids, dtype=dtype))
+        cut = pieces(document)
+        for first in range(0, len(cut), 64):  # a list of ids takes ten times the array's memory
+            batch = cut[first : first + 64]
+            for ids in tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
+                parts.append(np.array(ids, dtype=dtype))
         parts.append(np.array([separator], dtype=dtype))
     return np.concatenate(parts)[:-1]
 
