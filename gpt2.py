@@ -218,13 +218,12 @@ def load_tokenizer(name_or_folder):
 def read_vocab(folder):
     """The vocabulary of a model: (the file that holds it, {token: id}, merges or None). A merge is
     a pair of tokens, the earliest first. UserError for settings that GPT-2's tokenizer lacks."""
-    added = []
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = read_json(path)
         with reading(path):
             check_entries(settings, {"add_prefix_space": [False]})
-            added += settings.get("added_tokens_decoder", {}).values()
+            check_added(settings.get("added_tokens_decoder", {}).values())
 
     path = folder / "tokenizer.json"
     if path.exists():  # all in one file; vocab.json and merges.txt are the older form
@@ -236,7 +235,7 @@ def read_vocab(folder):
             check_entries(tokenizer["model"], {
                 "type": ["BPE"], "dropout": [None, 0],
                 "continuing_subword_prefix": ["", None], "end_of_word_suffix": ["", None]})
-            added += tokenizer["added_tokens"]
+            check_added(tokenizer["added_tokens"])
             vocab = tokenizer["model"]["vocab"]
             merges = tokenizer["model"]["merges"]
     else:
@@ -248,10 +247,13 @@ def read_vocab(folder):
                 lines = (folder / "merges.txt").read_bytes().decode("utf-8").splitlines()
                 merges = [line for line in lines if line and not line.startswith("#version")]
 
-    with reading(path):
-        for token in added:
-            ensure(token["special"], f"the added token {token['content']!r} is not special")
     return path, vocab, merges
+
+
+def check_added(tokens):
+    """Raise UserError for an added token that is cut out of ordinary text, before GPT-2's words."""
+    for token in tokens:
+        ensure(token["special"], f"the added token {token['content']!r} is not special")
 
 
 # ---- Errors of the user, in one line -------------------------------------------------------------
@@ -381,6 +383,8 @@ def fetch_rest(url, path, part, sha256):
                 return sha256
             part.write_bytes(b"")  # `part` is longer than the file
         answer.raise_for_status()
+        if answer.status_code == 206 and not found.startswith(f"bytes {have}-"):
+            raise requests.RequestException(f"got {found} instead of bytes {have}-")
 
         rest = int(answer.headers.get("Content-Length", 0))
         size = have + rest if answer.status_code == 206 else rest
@@ -393,8 +397,6 @@ def fetch_rest(url, path, part, sha256):
         chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
         if answer.status_code == 200:  # the server ignores Range and sends the whole file
             part.write_bytes(b"")
-        elif not found.startswith(f"bytes {have}-"):
-            raise requests.RequestException(f"got {found} instead of bytes {have}-")
         with open(part, "ab") as file:
             file.writelines(chunks)  # raises if the connection breaks
     return sha256
@@ -486,6 +488,7 @@ def read_safetensors(path):
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
+            ensure(entry["dtype"] in DTYPES, f"{name} has the dtype {entry['dtype']}")
             first, last = entry["data_offsets"]
             raw = torch.from_numpy(data[start + first : start + last])
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])

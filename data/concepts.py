@@ -27,18 +27,18 @@ from gpt2 import GPT, ensure, load_tokenizer, run_command
 # ---- Concepts from `tokenize`: what a word is and where it stands --------------------------------
 
 def words_of(source):
-    """Yield (kind, word, begin, end) for each token, an f-string being one; places (row, column).
+    """Yield (kind, word, begin, end) for each token; begin and end are (row, column).
 
-    Python 3.11 tokenizes an f-string as one string. Later versions split it into a START, its parts
-    (with f-strings among them) and an END.
+    An f-string is one STRING, as in Python 3.11. Later versions yield FSTRING_START, the tokens
+    inside it, which may be f-strings again, and FSTRING_END; for a t-string, TSTRING_START and so on.
     """
     open_strings = []  # where the f-strings around this token begin
     for kind, word, begin, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
-        name = tokenize.tok_name[kind]
-        if name.endswith("STRING_START"):  # FSTRING_START; TSTRING_START for Python 3.14's t"..."
+        kind = tokenize.tok_name[kind]
+        if kind.endswith("STRING_START"):
             open_strings.append(begin)
-        elif name.endswith("STRING_END"):
-            kind = tokenize.STRING
+        elif kind.endswith("STRING_END"):
+            kind = "STRING"
             begin = open_strings.pop()
         if not open_strings:
             yield kind, word, begin, end
@@ -46,7 +46,7 @@ def words_of(source):
 
 def word_concepts(kind, word, before, indent, brackets):
     """Yield the concepts of a word; `before` is the previous word of its statement, or ""."""
-    if before == "" and kind != tokenize.STRING:
+    if before == "" and kind != "STRING":
         yield "first word of a statement"
     if 1 <= indent <= 3:
         yield f"indented {indent} deep"
@@ -54,13 +54,13 @@ def word_concepts(kind, word, before, indent, brackets):
         yield "inside brackets"
     if brackets > 1:
         yield "inside two brackets"
-    if kind == tokenize.NUMBER:
+    if kind == "NUMBER":
         yield "number"
-    if kind == tokenize.OP:
+    if kind == "OP":
         yield "operator or bracket"
         if word in ")]}":
             yield "closing bracket"
-    if kind == tokenize.NAME:
+    if kind == "NAME":
         if word in ("True", "False", "None"):
             yield "True, False, None"
         elif keyword.iskeyword(word):
@@ -84,18 +84,18 @@ def token_spans(source):
     before = ""  # the previous word of the statement
     decorator = None  # where it begins, if the statement is one
     for kind, word, begin, end in words_of(source):
-        if kind == tokenize.INDENT:
+        if kind == "INDENT":
             indent += 1
-        elif kind == tokenize.DEDENT:
+        elif kind == "DEDENT":
             indent -= 1
-        elif kind == tokenize.COMMENT:
+        elif kind == "COMMENT":
             yield "comment", begin, end
-        elif kind == tokenize.NEWLINE:  # the end of a statement
+        elif kind == "NEWLINE":  # the end of a statement
             if decorator:
                 yield "decorator", decorator, end
             before = ""
             decorator = None
-        elif kind in (tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING):
+        elif kind in ("NAME", "NUMBER", "OP", "STRING"):
             if word == "@" and before == "":
                 decorator = begin
             if word in "([{":
@@ -241,12 +241,13 @@ def best_features(W_enc, b_enc, x, truth):
     arrays (concept,): F1 on the second half, feature, threshold.
     """
     half = len(x) // 2
-    known = truth[:, :half]
+    known = x[:half].T  # (d_model, token)
     best = [(0, 0, np.inf)] * len(truth)  # F1, feature, threshold
     i = 0
     for W, b in zip(W_enc.split(64, dim=1), b_enc.split(64)):  # 64 features at once, for speed
-        for values in torch.addmm(b[:, None], W.T, x[:half].T).numpy():  # (token,)
-            for c, (f1, threshold) in enumerate(best_thresholds(values, known)):
+        features = torch.addmm(b[:, None], W.T, known)  # (feature, token), before the ReLU
+        for values in features.numpy():
+            for c, (f1, threshold) in enumerate(best_thresholds(values, truth[:, :half])):
                 if f1 > best[c][0]:
                     best[c] = (f1, i, threshold)
             i += 1

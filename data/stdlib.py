@@ -21,18 +21,14 @@ import torch.nn.functional as F
 
 import gpt2
 from gpt2 import (
-    ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, progress, run_command, writing)
+    ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, run_command, writing)
 
 
 # ---- The text ------------------------------------------------------------------------------------
 
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data", "__pycache__"}
-
-
-def is_text(name):
-    """Whether a file is part of the text: no test, no table, not machine-made."""
-    machine_made = name.startswith("config-") or "_sysconfigdata" in name
-    return not machine_made and LEFT_OUT.isdisjoint(name.split("/"))
+LEFT_OUT = re.compile(  # tests, other people's packages, tables and machine-made files
+    r"(^|/)(test|tests|idle_test|site-packages|encodings|pydoc_data|__pycache__)/"
+    r"|^config-|_sysconfigdata")
 
 
 def split_of(name):
@@ -45,7 +41,8 @@ def split_of(name):
 def read_files(split):
     """The library's source files of one split, as {name: text}, sorted by name."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(filter(is_text, glob("**/*.py", root_dir=folder, recursive=True)))
+    names = sorted(glob("**/*.py", root_dir=folder, recursive=True))
+    names = [name for name in names if not LEFT_OUT.search(name)]
     ensure(len(names) >= 100, f"{folder} holds {len(names)} source files of Python's standard "
                               "library, too few; use a Python that has its source on disk")
     return {name: (folder / name).read_text("utf-8", errors="replace")
@@ -125,14 +122,6 @@ LR_MATRICES = 0.02
 LR_REST = 2e-3
 
 
-def batches(tokens, context, steps):
-    """Yield random batches (BATCH_SIZE, context + 1): inputs, and targets one token further."""
-    random = np.random.default_rng(0)
-    for _ in range(steps):
-        starts = random.integers(len(tokens) - context, size=(BATCH_SIZE, 1))
-        yield tokens[starts + np.arange(context + 1)]
-
-
 def next_token_loss(logits, batch):
     """Mean cross-entropy: logits (batch, pos, vocab) for the tokens of `batch` but the first."""
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -143,13 +132,13 @@ def orthogonalize(matrix):
 
     torch.optim.Muon does this in bfloat16, twenty times slower on a CPU without bfloat16 hardware.
     """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if tall else x
+    return x
 
 
 @torch.no_grad()
@@ -185,9 +174,11 @@ def train_model(tokens, config, steps):
     momenta = [torch.zeros_like(p) for p in matrices]
     rest = [p for name, p in gpt.named_parameters() if not name.startswith("h.") or p.ndim == 1]
     adam = torch.optim.Adam(rest, betas=(0.9, 0.95), fused=True)
-    data = batches(tokens, config.n_positions, steps)
-    data = progress(data, "training", steps * BATCH_SIZE, "sequences")
-    for step, batch in enumerate(data, 1):
+    random = np.random.default_rng(0)
+    context = config.n_positions
+    for step in range(1, steps + 1):
+        starts = random.integers(len(tokens) - context, size=(BATCH_SIZE, 1))
+        batch = tokens[starts + np.arange(context + 1)]  # inputs, and targets one token further
         n_blocks = config.n_layer if step > 0.4 * steps else config.n_layer // 2
         x = gpt.embed(batch[:, :-1])
         for block in gpt.h[:n_blocks]:
@@ -201,7 +192,7 @@ def train_model(tokens, config, steps):
         adam.param_groups[0]["lr"] = lr * LR_REST
         adam.step()
         gpt.zero_grad()
-        if step % max(1, steps // 20) == 0:
+        if step % max(1, steps // 100) == 0:
             print(f"step {step:,} of {steps:,}: loss {loss:.3f} nats", flush=True)
     return gpt
 
