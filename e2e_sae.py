@@ -1,4 +1,4 @@
-"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
+r"""End-to-end sparse dictionary learning on GPT-2's residual stream, in one file.
 
 Braun, Taylor, Goldowsky-Dill, Sharkey: "Identifying Functionally Important Features with
 End-to-End Sparse Dictionary Learning", NeurIPS 2024, arXiv 2405.12241.
