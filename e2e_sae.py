@@ -59,7 +59,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -304,7 +304,7 @@ def evaluate(gpt, sae, tokens, layer):
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Defaults: the paper's, for GPT-2, and for the embedded model some that suit two CPU cores
+# Defaults: the paper's, for GPT-2, and for the embedded model some that suit it and two CPU cores
 PAPER = {"layer": 6, "n_sequences": 400_000, "context": 1024, "batch_size": 16, "lr": 5e-4}
 STDLIB = {"layer": 3, "n_sequences": 3_200, "context": 128, "batch_size": 4, "lr": 5e-3}
 PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0, "finish": 6.0}
@@ -352,78 +352,58 @@ class Config:
             kinds = (int, float) if f.type is float else (f.type,)
             ensure(value is None or type(value) in kinds and value != "",
                    f"{flag(f.name)} {value!r}: must be a {f.type.__name__}, not empty")
-        ensure(self.loss in PAPER_SPARSITY,
-               f"--loss {self.loss}: one of {', '.join(PAPER_SPARSITY)}")
-        fill_in_defaults(self)
-        check(self)
+        ensure(self.loss in PAPER_SPARSITY, f"--loss {self.loss}: must be local, e2e, e2e_ds or "
+               "finish")
+
+        # Defaults: what an SAE to start from was made for, the model's, then what follows from both
+        if self.init and None in (self.model, self.layer, self.context, self.n_features):
+            sae = load_sae(self.init, self.layer)
+            self.fill_in(**sae.made_for, n_features=len(sae.b_enc))
+        self.fill_in(model="gpt2")
+        sizes = gpt2.model_config(self.model)
+        if self.model == "stdlib":
+            self.fill_in(n_features=8 * sizes.n_embd, sparsity=STDLIB_SPARSITY[self.loss], **STDLIB)
+        elif self.model not in gpt2.SIZES:  # a folder: the middle layer, a context that it has
+            self.fill_in(layer=sizes.n_layer // 2, context=min(1024, sizes.n_positions))
+        self.fill_in(n_features=60 * sizes.n_embd, sparsity=PAPER_SPARSITY[self.loss], **PAPER)
+        self.fill_in(downstream=0.05 if self.layer == 10 else 2.5, micro_batch=self.batch_size,
+                     device="cuda" if torch.cuda.is_available() else "cpu",
+                     out=f"out/{Path(self.model).resolve().name}-layer{self.layer}-{self.loss}")
+        on_cuda = self.device == "cuda"
+        self.fill_in(dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
+        self.text = data.text_name(self.model, self.text)
+        self.check(sizes)
+
+    def fill_in(self, **defaults):
+        """Set those of the settings that are None."""
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def check(self, sizes):
+        """Raise UserError for a setting that is out of range or does not fit the model."""
+        for name in ("n_features", "n_sequences", "batch_size", "micro_batch", "n_eval"):
+            ensure(1 <= getattr(self, name) < 1e9, f"{flag(name)} {getattr(self, name)}: must be "
+                   "from 1 to 1e9")
+        for name in ("sparsity", "downstream", "lr", "seed", "checkpoint_minutes"):
+            ensure(0 <= getattr(self, name) < 1e9, f"{flag(name)} {getattr(self, name)}: must be "
+                   "from 0 to 1e9")
+        ensure(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype}: float32 or bfloat16")
+        found = {"cpu": True, "cuda": torch.cuda.is_available(),
+                 "mps": torch.backends.mps.is_available()}
+        ensure(found.get(self.device), f"--device {self.device}: not found here; use --device cpu")
+        last = sizes.n_layer - 1
+        if self.loss == "e2e_ds":
+            last -= 1  # it compares the streams entering later blocks, so it needs one
+        ensure(0 <= self.layer <= last, f"--layer {self.layer}: must be from 0 to {last} for --loss "
+               f"{self.loss} on {self.model}")
+        ensure(2 <= self.context <= sizes.n_positions, f"--context {self.context}: must be from 2 "
+               f"to {sizes.n_positions}")
 
 
 def flag(name):
     """The command-line flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def fill_in_defaults(config):
-    """Replace each None in the settings by its default."""
-    def default(name, value):
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-
-    if config.init and None in (config.model, config.layer, config.context, config.n_features):
-        sae = load_sae(config.init, config.layer)
-        for name, value in sae.made_for.items():
-            default(name, value)
-        default("n_features", len(sae.b_enc))
-    default("model", "gpt2")
-    if config.text is None:
-        config.text = data.default_text(config.model)
-    elif config.text not in ("openwebtext", "stdlib"):
-        config.text = os.path.abspath(config.text)
-    sizes = gpt2.model_config(config.model)
-    if config.model == "stdlib":
-        defaults = STDLIB
-        default("n_features", 8 * sizes.n_embd)
-        default("sparsity", STDLIB_SPARSITY[config.loss])
-    else:
-        defaults = PAPER
-        default("n_features", 60 * sizes.n_embd)
-        default("sparsity", PAPER_SPARSITY[config.loss])
-        if config.model not in gpt2.SIZES:  # a folder: the middle layer, a context that it has
-            default("layer", sizes.n_layer // 2)
-            default("context", min(PAPER["context"], sizes.n_positions))
-    for name, value in defaults.items():
-        default(name, value)
-    default("downstream", 0.05 if config.layer == 10 else 2.5)
-    default("device", "cuda" if torch.cuda.is_available() else "cpu")
-    default("dtype", "bfloat16" if config.device == "cuda" else "float32")
-    default("compile", config.device == "cuda")
-    default("micro_batch", config.batch_size)
-    default("out", f"out/{Path(config.model).resolve().name}-layer{config.layer}-{config.loss}")
-
-
-def check(config):
-    """Raise UserError for a setting that is out of range or does not fit the model."""
-    lowest = {"n_features": 1, "n_sequences": 1, "batch_size": 1, "micro_batch": 1, "n_eval": 1,
-              "sparsity": 0, "downstream": 0, "lr": 0, "seed": 0, "checkpoint_minutes": 0}
-    for name, low in lowest.items():
-        value = getattr(config, name)
-        ensure(low <= value < 1e9, f"{flag(name)} {value}: must be from {low} to 1e9")
-    ensure(config.dtype in ("float32", "bfloat16"), f"--dtype {config.dtype}: float32 or bfloat16")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    ensure(config.device in devices,
-           f"--device {config.device}: not found here; use --device {devices[-1]}")
-    sizes = gpt2.model_config(config.model)
-    n_layer = sizes.n_layer
-    if config.loss == "e2e_ds":
-        n_layer -= 1  # it compares the streams entering later blocks, so it needs one
-    ensure(0 <= config.layer < n_layer, f"--layer {config.layer}: must be from 0 to {n_layer - 1} "
-           f"for --loss {config.loss} on {config.model}")
-    ensure(2 <= config.context <= sizes.n_positions,
-           f"--context {config.context}: must be from 2 to {sizes.n_positions}")
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -438,12 +418,13 @@ def learning_rate(config, done):
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def set_up(config):
-    """GPT-2 and the SAE that a run starts from, on the run's device."""
+def set_up(config, checkpoint=None):
+    """GPT-2 and the SAE that a run starts from, on the run's device. A checkpoint has the SAE's
+    weights itself, so --init is not read again."""
     gpt = GPT.from_pretrained(config.model)
     shape = (gpt.config.n_embd, config.n_features)
     torch.manual_seed(config.seed)
-    if config.init:
+    if config.init and not checkpoint:
         sae = load_sae(config.init, config.layer)
         ensure(sae.W_enc.shape == shape, f"--init {config.init}: its d_model and n_features are "
                f"{tuple(sae.W_enc.shape)}, those of the run {shape}")
@@ -461,47 +442,42 @@ def train(config, resume=False):
     rank = int(os.getenv("RANK", 0))
     world = int(os.getenv("WORLD_SIZE", 1))
     batch_size = config.batch_size
-    device = config.device
     out = config.out
     ensure(world <= batch_size,
            f"--batch-size {batch_size}: each of {world} processes needs a sequence")
     ensure(resume or not os.path.exists(out),
            f"{out} exists: --resume {out}, or choose another --out")
-    if device == "cuda":
+    if config.device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group()
 
     checkpoint = read_checkpoint(out) if resume else None
-    if checkpoint:
-        config = replace(config, init=None)  # the checkpoint has the SAE
-    gpt, sae = set_up(config)
+    gpt, sae = set_up(config, checkpoint)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     text = data.windows(data.load_tokens(config.model, "train", config.text), config.context)
     eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / batch_size)
-    step = 0
-    if checkpoint:
-        step = restore(checkpoint, out, sae, optimizer, text.size)
+    step = restore(checkpoint, out, sae, optimizer, text.size) if checkpoint else 0
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
     if rank == 0 and not resume:
         write_json(f"{out}/config.json", vars(config))
 
     with open_log(out, rank) as log, catch_signals(world) as signals:
         if rank == 0:
             print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
-                  f"{config.n_features:,} features, {device} x {world}: from step {step:,} of "
-                  f"{n_steps:,} -> {out}")
+                  f"{config.n_features:,} features, {config.device} x {world}: from step {step:,} "
+                  f"of {n_steps:,} -> {out}")
         last_step = step
         last_time = last_save = time.time()
         while step < n_steps:
             # The batch depends on settings and step only: resumed and multi-GPU runs see the same
             numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
             rows = text[order[numbers % len(order)]].astype(np.int64)
-            tokens = torch.from_numpy(rows).to(device)  # (batch_size / world, context)
+            tokens = torch.from_numpy(rows).to(config.device)  # (batch_size / world, context)
 
             # Forward and backward, one micro-batch at a time
             sums = 0  # of the loss and its terms, weighted to be means over the batch
@@ -525,35 +501,28 @@ def train(config, resume=False):
             optimizer.zero_grad()
 
             # Every tenth step: log, save if due, stop if asked to (one process: at once)
-            asked = world == 1 and signals
-            if step % 10 and step not in (1, n_steps) and not asked:
+            if step % 10 and step not in (1, n_steps) and not (world == 1 and signals):
                 continue
-            names = ["loss"] + list(terms)
-            line = {"step": step} | dict(zip(names, sums.tolist()))
+            line = {"step": step} | dict(zip(["loss"] + list(terms), sums.tolist()))
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
             ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start "
                    f"again with an --lr below {config.lr} (the last checkpoint is untouched)")
-            seconds = (time.time() - last_time) / (step - last_step)  # per step
-            last_step = step
-            last_time = time.time()
+            now = time.time()
             if rank == 0:
-                report(line, log, seconds, config, n_steps, signals)
-            stop = agree(signals, world, device)
-            due = step == n_steps or last_time - last_save >= 60 * config.checkpoint_minutes
+                report(line, log, (now - last_time) / (step - last_step), config, n_steps, signals)
+            last_step, last_time = step, now
+            stop = agree(signals, world, config.device)
+            due = step == n_steps or now - last_save >= 60 * config.checkpoint_minutes
             if rank == 0 and (stop or due):
-                last_save = last_time
+                last_save = now
                 save_checkpoint(out, step, log, text.size, sae, optimizer)
             if stop:
-                if world > 1:
-                    dist.barrier()  # the others leave after rank 0 has saved
-                if rank == 0:
-                    print(f"stopped after step {step:,}; continue with --resume {out}")
-                raise SystemExit(128 + stop)
+                leave(step, out, rank, world, stop)
 
         if rank > 0:
             raise SystemExit  # rank 0 evaluates
         save_sae(sae, out, config.model, config.layer, config.context)
-        saved = load_sae(out).to(device)  # as --evaluate will, so that it gives the same figures
+        saved = load_sae(out).to(config.device)  # as --evaluate will, to give the same figures
         write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
     return sae
 
@@ -594,6 +563,15 @@ def agree(signals, world, device):
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         number = highest.item()
     return number
+
+
+def leave(step, out, rank, world, number):
+    """End the process because of a signal, once rank 0 has saved."""
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        print(f"stopped after step {step:,}; continue with --resume {out}")
+    raise SystemExit(128 + number)
 
 
 def report(line, log, seconds, config, n_steps, signals):

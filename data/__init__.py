@@ -18,13 +18,15 @@ import gpt2
 from gpt2 import SIZES, ensure, load_tokenizer, progress, reading
 
 
-def default_text(model):
-    """The text that a model was trained on. UserError for a model that only its user knows."""
-    if model in SIZES:
-        return "openwebtext"
-    ensure(model == "stdlib", f"--model {model} needs --text: a UTF-8 file, a folder of such "
-           "files, a folder with train.bin and val.bin, or by name openwebtext or stdlib")
-    return "stdlib"
+def text_name(model, text=None):
+    """The text that a model reads: openwebtext, stdlib, or an absolute path. OpenAI's models and
+    the embedded one have a default; UserError for another model without a text."""
+    if text is None:
+        ensure(model in SIZES or model == "stdlib",
+               f"--model {model} needs --text: a UTF-8 file, a folder of such files, a folder with "
+               "train.bin and val.bin, or by name openwebtext or stdlib")
+        return "openwebtext" if model in SIZES else "stdlib"
+    return text if text in ("openwebtext", "stdlib") else os.path.abspath(text)
 
 
 def load_tokens(model, split, text=None):
@@ -36,7 +38,7 @@ def load_tokens(model, split, text=None):
     """
     from data import openwebtext, stdlib  # here: `python -m data.stdlib` would import it twice
 
-    text = text or default_text(model)
+    text = text_name(model, text)
     folder = Path(text)
     if text == "openwebtext":
         ensure(model in SIZES or has_gpt2_vocabulary(model),

@@ -29,8 +29,8 @@ from gpt2 import GPT, ensure, load_tokenizer, run_command
 def words_of(source):
     """Yield (kind, word, begin, end) for each token; begin and end are (row, column).
 
-    An f-string is one STRING, as in Python 3.11. Later versions yield FSTRING_START, the tokens
-    inside it, which may be f-strings again, and FSTRING_END; for a t-string, TSTRING_START and so on.
+    An f-string is one STRING, as in Python 3.11. Later versions tokenize it into FSTRING_START, its
+    parts (with f-strings among them) and FSTRING_END, and a t-string likewise.
     """
     open_strings = []  # where the f-strings around this token begin
     for kind, word, begin, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
