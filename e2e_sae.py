@@ -347,13 +347,9 @@ class Config:
     out: str = setting("the run's folder (out/MODEL-layerN-LOSS)")
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            kinds = (int, float) if f.type is float else (f.type,)
-            ensure(value is None or type(value) in kinds and value != "",
-                   f"{flag(f.name)} {value!r}: must be a {f.type.__name__}, not empty")
-        ensure(self.loss in PAPER_SPARSITY, f"--loss {self.loss}: must be local, e2e, e2e_ds or "
-               "finish")
+        for name, value in vars(self).items():
+            ensure(value != "", f"{flag(name)} is empty: give a value, or leave it out")
+        ensure(self.loss in PAPER_SPARSITY, f"--loss {self.loss}: local, e2e, e2e_ds or finish")
 
         # Defaults: what an SAE to start from was made for, the model's, then what follows from both
         if self.init and None in (self.model, self.layer, self.context, self.n_features):
@@ -382,12 +378,11 @@ class Config:
 
     def check(self, sizes):
         """Raise UserError for a setting that is out of range or does not fit the model."""
-        for name in ("n_features", "n_sequences", "batch_size", "micro_batch", "n_eval"):
-            ensure(1 <= getattr(self, name) < 1e9, f"{flag(name)} {getattr(self, name)}: must be "
-                   "from 1 to 1e9")
-        for name in ("sparsity", "downstream", "lr", "seed", "checkpoint_minutes"):
-            ensure(0 <= getattr(self, name) < 1e9, f"{flag(name)} {getattr(self, name)}: must be "
-                   "from 0 to 1e9")
+        lowest = {"n_features": 1, "n_sequences": 1, "batch_size": 1, "micro_batch": 1, "n_eval": 1,
+                  "sparsity": 0, "downstream": 0, "lr": 0, "seed": 0, "checkpoint_minutes": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            ensure(low <= value < 1e9, f"{flag(name)} {value}: must be from {low} to 1e9")
         ensure(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype}: float32 or bfloat16")
         found = {"cpu": True, "cuda": torch.cuda.is_available(),
                  "mps": torch.backends.mps.is_available()}
@@ -459,14 +454,22 @@ def train(config, resume=False):
     eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / batch_size)
-    step = restore(checkpoint, out, sae, optimizer, text.size) if checkpoint else 0
+    step = log_size = 0
+    if checkpoint:
+        with reading(f"{out}/checkpoint.pt"):
+            sae.load_state_dict(checkpoint["sae"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            step = checkpoint["step"]
+            log_size = checkpoint["log_size"]
+        ensure(text.size == checkpoint["n_tokens"], f"--text {config.text} has {text.size:,} tokens "
+               f"now; the run began with {checkpoint['n_tokens']:,} tokens")
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
     if rank == 0 and not resume:
         write_json(f"{out}/config.json", vars(config))
 
-    with open_log(out, rank) as log, catch_signals(world) as signals:
+    with open_log(out, rank, log_size) as log, catch_signals(world) as signals:
         if rank == 0:
             print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
                   f"{config.n_features:,} features, {config.device} x {world}: from step {step:,} "
@@ -516,14 +519,18 @@ def train(config, resume=False):
             if rank == 0 and (stop or due):
                 last_save = now
                 save_checkpoint(out, step, log, text.size, sae, optimizer)
+                if stop:
+                    print(f"stopped after step {step:,}; continue with --resume {out}")
             if stop:
-                leave(step, out, rank, world, stop)
+                if world > 1:
+                    dist.barrier()  # until rank 0 has saved
+                raise SystemExit(128 + stop)
 
-        if rank > 0:
-            raise SystemExit  # rank 0 evaluates
-        save_sae(sae, out, config.model, config.layer, config.context)
-        saved = load_sae(out).to(config.device)  # as --evaluate will, to give the same figures
-        write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
+    if rank > 0:
+        raise SystemExit  # rank 0 evaluates
+    save_sae(sae, out, config.model, config.layer, config.context)
+    saved = load_sae(out).to(config.device)  # as --evaluate will, to give the same figures
+    write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
     return sae
 
 
@@ -565,15 +572,6 @@ def agree(signals, world, device):
     return number
 
 
-def leave(step, out, rank, world, number):
-    """End the process because of a signal, once rank 0 has saved."""
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        print(f"stopped after step {step:,}; continue with --resume {out}")
-    raise SystemExit(128 + number)
-
-
 def report(line, log, seconds, config, n_steps, signals):
     """Append a line to log.jsonl and print it. A stdout that is gone counts as a signal."""
     speed = config.batch_size * config.context / seconds
@@ -592,12 +590,16 @@ def report(line, log, seconds, config, n_steps, signals):
 
 
 @contextmanager
-def open_log(out, rank):
-    """The run's log, and a lock: no other process can use the folder. Only rank 0 writes."""
+def open_log(out, rank, size):
+    """The run's log, cut to its size at the checkpoint, and a lock on the run's folder. Rank 0's:
+    the other processes write nothing."""
     if rank > 0:
         yield None
         return
-    with gpt2.lock(out, wait=False), open(f"{out}/log.jsonl", "a", buffering=1) as log:
+    path = f"{out}/log.jsonl"
+    with gpt2.lock(out, wait=False), open(path, "a", buffering=1) as log:
+        if os.path.getsize(path) > size:
+            log.truncate(size)
         yield log
 
 
@@ -615,19 +617,6 @@ def read_checkpoint(out):
         return None
     with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def restore(checkpoint, out, sae, optimizer, n_tokens):
-    """Put a checkpoint's state in place and drop the log of what will be repeated; its step."""
-    with reading(f"{out}/checkpoint.pt"):
-        ensure(checkpoint["n_tokens"] == n_tokens, f"the run read a text of "
-               f"{checkpoint['n_tokens']:,} tokens, and --text now has {n_tokens:,}")
-        sae.load_state_dict(checkpoint["sae"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        log = f"{out}/log.jsonl"
-        if os.path.exists(log) and os.path.getsize(log) > checkpoint["log_size"]:
-            os.truncate(log, checkpoint["log_size"])
-        return checkpoint["step"]
 
 
 # ---- Files: SAEs as this file, SAELens and the paper's library write them ------------------------
@@ -690,12 +679,29 @@ def load_sae(path_or_name, layer=None):
         weights, made_for = read_paper(path, layer)
     ensure(layer in (None, made_for["layer"]),
            f"--layer {layer}: the SAE in {path} was made for layer {made_for['layer']}")
+    with torch.device("meta"):  # no memory, no initialisation
+        sae = SAE(*weights["W_enc"].shape)
     with reading(path):
-        with torch.device("meta"):  # no memory, no initialisation
-            sae = SAE(*weights["W_enc"].shape)
+        for name, weight in weights.items():
+            weights[name] = gpt2.finite_float32(name, weight).contiguous()
         sae.load_state_dict(weights, assign=True)
     sae.made_for = made_for
     return sae
+
+
+def fold(weights, scale):
+    """Let features take over `scale` (n_features,), a factor of the rows of W_dec, which become
+    unit vectors. A row of zeros has the scale 0: its feature is never active."""
+    weights["W_enc"] = weights["W_enc"] * scale
+    weights["b_enc"] = weights["b_enc"] * scale
+    weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)
+
+
+def checked(name, tensor, *shape):
+    """A weight in float64. UserError, with its name, if its shape is wrong or it is not finite."""
+    ensure(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+           and tensor.shape == shape and 0 not in shape, f"{name} is not a tensor of shape {shape}")
+    return gpt2.finite_float32(name, tensor).double()
 
 
 def read_saelens(folder):
@@ -711,29 +717,35 @@ def read_saelens(folder):
             known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
             for name in set(cfg) - known - set(COMPUTED):
                 ensure(cfg[name] in (None, False, "none", "", [], {}), f"{name} is {cfg[name]!r}")
-        hook = metadata.get("hook_name") or metadata["hook_point"]
-        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)
-        ensure(match, f"hook_name is {hook!r} instead of 'blocks.N.hook_resid_pre'")
+        subtract_b_dec = cfg.get("apply_b_dec_to_input", True)
+        ensure(subtract_b_dec in (True, False)
+               and metadata.get("apply_b_dec_to_input", subtract_b_dec) == subtract_b_dec,
+               f"apply_b_dec_to_input is {subtract_b_dec!r}, or says true and false")
+        key = "hook_point" if "hook_point" in metadata else "hook_name"
+        match = re.fullmatch(r"blocks\.([0-9]+)\.hook_resid_pre", str(metadata.get(key)))
+        ensure(match, f"{key} is {metadata.get(key)!r} instead of 'blocks.N.hook_resid_pre'")
         model = metadata["model_name"]
         made_for = {"model": "gpt2" if model == "gpt2-small" else model, "layer": int(match[1]),
                     "context": metadata["context_size"]}
         kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+        ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
         if not kwargs.get("center_writing_weights", flat):
             note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
                  "from an older version of this file); here the mean is zero")
 
     with reading(folder / "sae_weights.safetensors"):
-        weights = {}
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            weights[name] = gpt2.finite_float32(name, tensors.pop(name))
+        d_model = cfg["d_in"]
+        n_features = cfg["d_sae"]
+        weights = {"W_enc": checked("W_enc", tensors.pop("W_enc"), d_model, n_features),
+                   "b_enc": checked("b_enc", tensors.pop("b_enc"), n_features),
+                   "W_dec": checked("W_dec", tensors.pop("W_dec"), n_features, d_model),
+                   "b_dec": checked("b_dec", tensors.pop("b_dec"), d_model)}
         for name, tensor in tensors.items():
-            ones = name == "scaling_factor" and bool((tensor == 1).all())
-            ensure(ones, f"the tensor {name} is none of W_enc, b_enc, W_dec, b_dec")
-        if cfg.get("apply_b_dec_to_input", True):  # features are computed from x - b_dec
+            ensure(name == "scaling_factor" and bool((tensor == 1).all()),
+                   f"the tensor {name} is none of W_enc, b_enc, W_dec, b_dec")
+        if subtract_b_dec:  # features are computed from x - b_dec
             weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
-        norms = weights["W_dec"].norm(dim=1)  # here 1, so features take them over; 0: never active
-        weights["W_enc"] *= norms
-        weights["b_enc"] *= norms
+        fold(weights, weights["W_dec"].norm(dim=1))
     return weights, made_for
 
 
@@ -743,22 +755,22 @@ def read_paper(path, layer):
     with reading(path):
         saes = {}  # by layer
         for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
-            match = re.fullmatch(r"blocks-(\d+)-hook_resid_pre\.(.+)", key)
+            match = re.fullmatch(r"blocks-([0-9]+)-hook_resid_pre\.(.+)", key)
             ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
-            weights = saes.setdefault(int(match[1]), {})
-            weights[match[2]] = gpt2.finite_float32(key, tensor)
+            saes.setdefault(int(match[1]), {})[match[2]] = tensor
         if layer is None and len(saes) == 1:
             layer = min(saes)
         ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
-        theirs = saes[layer]
-        weights = {"W_enc": theirs.pop("encoder.0.weight").T.contiguous(),
-                   "b_enc": theirs.pop("encoder.0.bias"),
-                   "W_dec": theirs.pop("decoder.weight").T.contiguous(),
-                   "b_dec": theirs.pop("decoder.bias")}
-        ensure(not theirs, f"unknown weights: {', '.join(theirs)}")
-        dead = weights["W_dec"].norm(dim=1) == 0  # elements without a direction: never active
-        weights["W_enc"][:, dead] = 0
-        weights["b_enc"][dead] = 0
+        sae = saes[layer]
+        d_model, n_features = sae["decoder.weight"].shape
+        W_enc = checked("encoder.0.weight", sae.pop("encoder.0.weight"), n_features, d_model)
+        b_enc = checked("encoder.0.bias", sae.pop("encoder.0.bias"), n_features)
+        W_dec = checked("decoder.weight", sae.pop("decoder.weight"), d_model, n_features)
+        b_dec = checked("decoder.bias", sae.pop("decoder.bias"), d_model)
+        ensure(not sae, f"unknown weights: {', '.join(sae)}")
+        weights = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec.T, "b_dec": b_dec}
+        # Its forward pass divides a row by its norm, but at least by 1e-12
+        fold(weights, (weights["W_dec"].norm(dim=1) / 1e-12).clamp(max=1))
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
 
 
@@ -1007,15 +1019,17 @@ def evaluate_all(names, given):
 def resumed_config(out, given):
     """The Config of the run in the folder `out`. Only execution settings may be given anew."""
     saved = read_json(f"{out}/config.json") | {"out": out}
-    known = {f.name for f in fields(Config)}
-    unknown = sorted(set(saved) - known)
-    ensure(not unknown, f"{out}/config.json has unknown settings: {', '.join(unknown)}")
+    if "text" in given:
+        given["text"] = data.text_name(None, given["text"])
     for name, value in given.items():
         ensure(name in EXECUTION or value == saved.get(name),
                f"{flag(name)} {value}: the run in {out} has {saved.get(name)}; drop the flag")
-    if given.get("device", saved["device"]) != saved["device"]:
+    if given.get("device") not in (None, saved.get("device")):
         saved |= {"dtype": None, "compile": None}  # the new device's defaults, unless given
-    return Config(**saved | given)
+    try:
+        return Config(**saved | given)
+    except TypeError as error:  # an unknown setting, or a value of another type
+        raise UserError(f"{out}/config.json: {error}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -1041,9 +1055,9 @@ def main(arguments=None):
     action.add_argument("--features", metavar=("SAE", "ID"), nargs="+",
                         help="make a page of the features that matter most, or of those given")
     given = vars(parser.parse_args(arguments))
-    views = {"evaluate", "plot", "compare", "features"} & set(given)
-    ensure(not views or os.getenv("WORLD_SIZE", "1") == "1",
-           f"--{' '.join(views)} is for one process: run it without torchrun")
+    for name in ("evaluate", "plot", "compare", "features"):
+        ensure(name not in given or os.getenv("WORLD_SIZE", "1") == "1",
+               f"--{name} is for one process: run it without torchrun")
 
     if "plot" in given:
         plot(given["plot"], f"{Path(given['plot'][0]).parent}/pareto.png")

@@ -136,6 +136,7 @@ class GPT(nn.Module):
                 name = name.removeprefix("transformer.")
                 if name.endswith((".attn.bias", ".attn.masked_bias")):
                     continue  # the causal mask, which old files hold too
+                ensure(name not in state, f"{name} is there twice, with a prefix and without")
                 weight = finite_float32(name, tensor)
                 if ".c_" in name and weight.ndim == 2:
                     weight = weight.T.contiguous()  # OpenAI's (in, out) -> nn.Linear's (out, in)
@@ -176,6 +177,7 @@ def model_config(name_or_folder):
             "scale_attn_weights": [True],
             "scale_attn_by_inverse_layer_idx": [False],
             "add_cross_attention": [False],
+            "is_causal": [True],
             "tie_word_embeddings": [True],
         })
     return config
@@ -198,18 +200,24 @@ def load_tokenizer(name_or_folder):
     folder = model_folder(name_or_folder, ["vocab.json"])
     path, vocab, merges = read_vocab(folder)
     with reading(path):
-        special = {END_OF_TEXT} & set(vocab)
+        special = {END_OF_TEXT} & vocab.keys()
         if merges:
             # tiktoken merges in the order of the ids, transformers in the order of its list.
-            merged = ["".join(merge).replace(" ", "") for merge in merges]  # "a b" or ["a", "b"]
-            by_id = sorted(set(vocab) & set(merged), key=vocab.get)
+            known = set(ALPHABET)
+            merged = []
+            for merge in merges:
+                left, right = merge.split(" ") if isinstance(merge, str) else merge
+                ensure(left in known and right in known, f"the merge {left} {right} comes too early")
+                known.add(left + right)
+                merged.append(left + right)
+            by_id = sorted(vocab.keys() & set(merged), key=vocab.get)
             ensure(by_id == merged, "the token ids are not in the order of the merges")
-            special = set(vocab) - set(merged) - set(ALPHABET)
-        missing = set(ALPHABET) - set(vocab)
+            special = vocab.keys() - known
+        missing = ALPHABET.keys() - vocab.keys()
         ensure(not missing, f"{len(missing)} of the 256 bytes have no token")
         ensure(len(set(vocab.values())) == len(vocab), "two tokens have the same id")
         ranks = {}
-        for token in set(vocab) - special:
+        for token in vocab.keys() - special:
             ranks[bytes(ALPHABET[char] for char in token)] = vocab[token]
         return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks,
                                  special_tokens={token: vocab[token] for token in special})
@@ -222,7 +230,9 @@ def read_vocab(folder):
     if path.exists():
         settings = read_json(path)
         with reading(path):
-            check_entries(settings, {"add_prefix_space": [False]})
+            check_entries(settings, {"add_prefix_space": [False], "tokenizer_class": [
+                "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast",
+                "TokenizersBackend", None]})
             check_added(settings.get("added_tokens_decoder", {}).values())
 
     path = folder / "tokenizer.json"
@@ -230,13 +240,14 @@ def read_vocab(folder):
         tokenizer = read_json(path)
         with reading(path):
             check_entries(tokenizer, {"normalizer": [None]})
-            check_entries(tokenizer["pre_tokenizer"], {
+            check_entries(tokenizer["pre_tokenizer"] or {"type": "no pre_tokenizer"}, {
                 "type": ["ByteLevel"], "add_prefix_space": [False], "use_regex": [True]})
             check_entries(tokenizer["model"], {
-                "type": ["BPE"], "dropout": [None, 0],
+                "type": ["BPE"], "dropout": [None, 0], "ignore_merges": [False],
                 "continuing_subword_prefix": ["", None], "end_of_word_suffix": ["", None]})
-            check_added(tokenizer["added_tokens"])
-            vocab = tokenizer["model"]["vocab"]
+            added = tokenizer["added_tokens"]
+            check_added(added)
+            vocab = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in added}
             merges = tokenizer["model"]["merges"]
     else:
         path = folder / "vocab.json"
@@ -490,6 +501,7 @@ def read_safetensors(path):
         for name, entry in header.items():
             ensure(entry["dtype"] in DTYPES, f"{name} has the dtype {entry['dtype']}")
             first, last = entry["data_offsets"]
+            ensure(0 <= first <= last <= len(data) - start, f"{name} lies outside of the file")
             raw = torch.from_numpy(data[start + first : start + last])
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
         return tensors

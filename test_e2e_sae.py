@@ -1536,7 +1536,7 @@ def test_training_lowers_its_loss(here, loss):
 def test_end_to_end_costs_less(tmp_path, monkeypatch):
     """The claim of README: with fewer active features, e2e preserves more of the output."""
     monkeypatch.chdir(tmp_path)
-    line = "--model stdlib --n-sequences 400 --context 64 --n-eval 50 --n-features 512 "
+    line = "--model stdlib --n-sequences 480 --context 32 --n-eval 60 --n-features 256 "
     assert command(line + "--loss local --out local") == 0
     assert command(line + "--loss e2e --sparsity 6 --out e2e") == 0
     local = see("local/eval.json")
@@ -1658,13 +1658,16 @@ def test_two_processes_equal_one(here):
 
 @pytest.mark.parametrize("target", ["worker", "torchrun"])
 def test_signal_to_two_processes(here, target):
-    """Both stop after the same step, with a checkpoint, from which they resume to the same end."""
+    """Both stop after the same step, with a checkpoint, from which one or two can go on."""
     process = torchrun(ODD_RUN + "--checkpoint-minutes 9 --out two", target)
     assert process.returncode != 0
     assert "stopped after step 20" in process.stdout
     assert checkpoint("two")["step"] == 20
-    process = torchrun("--resume two")
-    assert process.returncode == 0, process.stderr
+    if target == "worker":
+        assert command("--resume two") == 0
+    else:
+        process = torchrun("--resume two")
+        assert process.returncode == 0, process.stderr
     assert_equals_one_process("two")
 
 
