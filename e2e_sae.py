@@ -274,13 +274,14 @@ def evaluate(gpt, sae, tokens, layer):
             "mse": (torch.stack(spliced) - clean).pow(2).mean((1, 2, 3)),  # (layers,)
             "variance": (clean - mean).pow(2).mean((1, 2, 3)),
         }
-        for name, value in measures.items():  # means over the batch, weighted by its size
-            share = len(batch) / len(tokens)
+        share = len(batch) / len(tokens)
+        for name, value in measures.items():
             totals[name] = totals.get(name, 0) + share * np.array(value.tolist())
 
     # Ablation puts the mean of x at every position. Attention over equal values returns that value,
     # so the model then predicts the same at every position, and a run over one token is enough.
-    log_m = gpt.unembed(run_blocks(gpt, mean[0], layer)[-1]).log_softmax(-1).flatten()  # (vocab,)
+    last = run_blocks(gpt, mean[0], layer)[-1]  # (1, 1, d_model)
+    log_m = gpt.unembed(last).log_softmax(-1).flatten()  # (vocab,)
     ce = totals["ce"]
     ce_increase = totals["ce_spliced"] - ce
     ce_ablated = -log_m[tokens[:, 1:]].mean().item()
@@ -454,15 +455,7 @@ def train(config, resume=False):
     eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / batch_size)
-    step = log_size = 0
-    if checkpoint:
-        with reading(f"{out}/checkpoint.pt"):
-            sae.load_state_dict(checkpoint["sae"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            step = checkpoint["step"]
-            log_size = checkpoint["log_size"]
-        ensure(text.size == checkpoint["n_tokens"], f"--text {config.text} has {text.size:,} tokens "
-               f"now; the run began with {checkpoint['n_tokens']:,} tokens")
+    step, log_size = restore(checkpoint, config, text.size, sae, optimizer)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -471,11 +464,9 @@ def train(config, resume=False):
 
     with open_log(out, rank, log_size) as log, catch_signals(world) as signals:
         if rank == 0:
-            print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
-                  f"{config.n_features:,} features, {config.device} x {world}: from step {step:,} "
-                  f"of {n_steps:,} -> {out}")
-        last_step = step
-        last_time = last_save = time.time()
+            print(describe(config), f"x {world}: from step {step:,} of {n_steps:,}")
+        last_log = (step, time.time())
+        last_save = time.time()
         while step < n_steps:
             # The batch depends on settings and step only: resumed and multi-GPU runs see the same
             numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
@@ -510,20 +501,19 @@ def train(config, resume=False):
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
             ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start "
                    f"again with an --lr below {config.lr} (the last checkpoint is untouched)")
-            now = time.time()
             if rank == 0:
-                report(line, log, (now - last_time) / (step - last_step), config, n_steps, signals)
-            last_step, last_time = step, now
+                report(line, log, last_log, config, signals)
+            last_log = (step, time.time())
             stop = agree(signals, world, config.device)
-            due = step == n_steps or now - last_save >= 60 * config.checkpoint_minutes
+            due = step == n_steps or time.time() - last_save >= 60 * config.checkpoint_minutes
             if rank == 0 and (stop or due):
-                last_save = now
+                last_save = time.time()
                 save_checkpoint(out, step, log, text.size, sae, optimizer)
-                if stop:
-                    print(f"stopped after step {step:,}; continue with --resume {out}")
             if stop:
                 if world > 1:
                     dist.barrier()  # until rank 0 has saved
+                if rank == 0:
+                    print(f"stopped after step {step:,}; continue with --resume {out}")
                 raise SystemExit(128 + stop)
 
     if rank > 0:
@@ -572,18 +562,28 @@ def agree(signals, world, device):
     return number
 
 
-def report(line, log, seconds, config, n_steps, signals):
-    """Append a line to log.jsonl and print it. A stdout that is gone counts as a signal."""
+def describe(config):
+    """A run in one line: what it trains, on which model and text, where and how."""
+    return (f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
+            f"{config.n_features:,} features -> {config.out}, on {config.device}")
+
+
+def report(line, log, last, config, signals):
+    """Append a line to log.jsonl and print it; last: step and time of the line before. A stdout
+    that is gone counts as a signal."""
+    last_step, last_time = last
+    seconds = (time.time() - last_time) / (line["step"] - last_step)  # per step
     speed = config.batch_size * config.context / seconds
     log.write(json.dumps(line | {"tokens_per_second": speed}) + "\n")
+    done = line["step"] * config.batch_size
+    left = seconds * (config.n_sequences - done) / config.batch_size
     shown = []
     for name, value in line.items():
         if name not in ("step", "lr"):
             shown.append(f"{name} {value:.4g}")
-    left = seconds * (n_steps - line["step"])
     try:
-        print(f"{line['step'] / n_steps:4.0%}  {'  '.join(shown)}  {speed:,.0f} tokens/s  "
-              f"{left:,.0f} s left")
+        print(f"{min(1, done / config.n_sequences):4.0%}", "  ".join(shown),
+              f"{speed:,.0f} tokens/s", f"{max(0, left):,.0f} s left", sep="  ")
     except BrokenPipeError:
         gpt2.discard_stdout()
         signals.append(signal.SIGPIPE)
@@ -617,6 +617,18 @@ def read_checkpoint(out):
         return None
     with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(checkpoint, config, n_tokens, sae, optimizer):
+    """Put a checkpoint's state in place; return its step and the size of the log, or 0, 0."""
+    if checkpoint is None:
+        return 0, 0
+    ensure(n_tokens == checkpoint["n_tokens"], f"--text {config.text} has {n_tokens:,} tokens now; "
+           f"the run began with {checkpoint['n_tokens']:,} tokens")
+    with reading(f"{config.out}/checkpoint.pt"):
+        sae.load_state_dict(checkpoint["sae"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"], checkpoint["log_size"]
 
 
 # ---- Files: SAEs as this file, SAELens and the paper's library write them ------------------------
@@ -797,15 +809,13 @@ def plot(folders, path):
     """Draw the Pareto curves of runs: CE increase against L0, and against alive elements."""
     import matplotlib.pyplot as plt
 
-    curves = {}  # of each loss: the runs
-    for folder in folders:
-        run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
-        curves.setdefault(run["loss"], []).append(run)
+    runs = [read_json(f"{run}/config.json") | read_json(f"{run}/eval.json") for run in folders]
     _, axes = plt.subplots(1, 2, figsize=(10, 4))
     for key, ax in zip(("l0", "alive"), axes):
-        for loss, runs in sorted(curves.items()):
-            points = sorted((run[key], run["ce_increase"]) for run in runs)
-            ax.plot([x for x, _ in points], [y for _, y in points], "o-", label=loss)
+        for loss in sorted({run["loss"] for run in runs}):
+            points = sorted((run[key], run["ce_increase"]) for run in runs if run["loss"] == loss)
+            x, y = zip(*points)
+            ax.plot(x, y, "o-", label=loss)
         ax.set(xlabel=key, ylabel="CE increase (nats per token)")
         ax.legend()
     with writing(path) as file:
@@ -835,7 +845,8 @@ def effects(gpt, sae, tokens, layer):
             features = sae.encode(x)
             h_clean = gpt.ln_f(run_blocks(gpt, x, layer)[-1]).flatten(0, 1)
         features.requires_grad_()
-        h_spliced = gpt.ln_f(run_blocks(gpt, sae.decode(features), layer)[-1]).flatten(0, 1)
+        spliced = run_blocks(gpt, sae.decode(features), layer)[-1]
+        h_spliced = gpt.ln_f(spliced).flatten(0, 1)
         kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight) * len(h_clean)  # a sum over tokens
         (gradient,) = torch.autograd.grad(kl, features)
         effect -= (features.detach() * gradient).sum((0, 1))
@@ -911,17 +922,20 @@ def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
     ids = ids or effect.argsort(descending=True)[:100].tolist()
     ensure(0 <= min(ids) and max(ids) < len(effect), f"--features: IDs are 0 to {len(effect) - 1}")
     with torch.no_grad():
-        parts = [sae.encode(entering(gpt, batch, layer))[..., ids] for batch in tokens.split(4)]
+        parts = []
+        for batch in tokens.split(4):
+            parts.append(sae.encode(entering(gpt, batch, layer))[..., ids])
         activations = torch.cat(parts).unbind(-1)  # of each feature: (sequence, pos)
         dictionary = sae.dictionary
 
     body = []
     for feature, active in zip(ids, activations):
-        similar = (dictionary @ dictionary[feature]).topk(4).indices.tolist()
-        links = [f'<a href="#{i}">{i}</a>' if i in ids else str(i) for i in similar if i != feature]
+        share = effect[feature] / effect.sum()
+        active_at = counts[feature] / tokens.numel()
+        near = (dictionary @ dictionary[feature]).topk(4).indices.tolist()
+        links = [f'<a href="#{i}">{i}</a>' if i in ids else str(i) for i in near if i != feature]
         body.append(f"""<h2 id="{feature}">Feature {feature}</h2>
-            {effect[feature] / effect.sum():.2%} of the effect, active at
-            {counts[feature] / tokens.numel():.2%} of the tokens,
+            {share:.2%} of the effect, active at {active_at:.2%} of the tokens,
             nearest elements: {", ".join(links)}""")
         for context in contexts(gpt, sae, tokens, layer, feature, active):
             body.append(context_html(context, tokenizer))

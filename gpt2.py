@@ -207,7 +207,8 @@ def load_tokenizer(name_or_folder):
             merged = []
             for merge in merges:
                 left, right = merge.split(" ") if isinstance(merge, str) else merge
-                ensure(left in known and right in known, f"the merge {left} {right} comes too early")
+                ensure(left in known and right in known,
+                       f"the merge {left} {right} comes before those of its parts")
                 known.add(left + right)
                 merged.append(left + right)
             by_id = sorted(vocab.keys() & set(merged), key=vocab.get)
