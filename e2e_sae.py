@@ -37,8 +37,8 @@ On the small model in data/stdlib/ (means of two seeds; L0 is the number of acti
 token, CE increase what the model's next-token loss grows by, in nats, if it reads x_hat for x):
 
     --loss     L0    CE increase    variance of x explained
-    local      58           0.49                      79 %
-    e2e        55           0.22                      37 %
+    local      60           0.50                      79 %
+    e2e        54           0.20                      44 %
     e2e_ds     56           0.21                      71 %
 
 Use e2e if only the model's output counts, e2e_ds to keep its later activations near its own, too,
