@@ -24,25 +24,28 @@ the SAE so that the model's *output* stays the same. The model is frozen; only t
     --loss local     mse + λ l1                         reconstruct x: the usual SAE
     --loss e2e       kl + λ l1                          preserve the output
     --loss e2e_ds    kl/2 + β downstream_mse + λ l1     preserve the later layers, too
-    --loss finish    (α kl + mse)/2 + λ l1              end a local run end to end (see --init)
+    --loss finish    (α kl + mse)/2 + λ l1              continue a local run on the output, too
 
-`kl` is the divergence between the two next-token distributions, in nats; `mse` the mean squared
-error of x_hat, `downstream_mse` that of the residual streams entering the later blocks; `l1` is the
-sum of a token's features (they are never negative) over d_model, which keeps most of them at zero.
-λ (--sparsity) and β (--downstream) are weights, set once for a run: a larger λ means fewer active
-features and a worse output. α = mse/kl is held constant in the gradient, so that kl and mse pull
-equally. Adam divides the scale of a loss out again, so only the ratio of its weights matters.
+`kl` is KL(clean || spliced), the divergence between the two next-token distributions, in nats per
+token. `mse` is the mean squared error of x_hat, `downstream_mse` that of the residual streams
+entering the later blocks, averaged over these blocks. `l1` is the sum of a token's features,
+divided by d_model; it keeps most of them at zero. λ (--sparsity) and β (--downstream) are weights
+that stay fixed during a run: the larger λ, the fewer features are active and the worse the output.
+`finish` starts from a trained SAE (--init) and sets α = mse/kl anew at each step, as a constant
+without gradient, so that both terms have the same value. The halves are the paper's; under Adam
+only the ratio of the weights matters, because Adam divides by the gradient's own scale.
 
 On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
-token, CE increase what the model's next-token loss grows by, in nats, if it reads x_hat for x):
+token; CE increase is how much the model's next-token cross-entropy grows, in nats per token, when
+it reads x_hat instead of x):
 
     --loss     L0    CE increase    variance of x explained
     local      60           0.50                      79 %
     e2e        54           0.20                      44 %
     e2e_ds     56           0.21                      71 %
 
-Use e2e if only the model's output counts, e2e_ds to keep its later activations near its own, too,
-and local, then finish, if most of the training has to be cheap.
+Use e2e if only the model's output counts, e2e_ds to keep its later activations near the clean ones,
+too, and local, then finish, if most of the training has to be cheap.
 
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      a minute on two CPU cores
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
@@ -58,7 +61,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -96,11 +99,12 @@ class SAE(nn.Module):
     @property
     def dictionary(self):
         """The dictionary elements, unit rows (n_features, d_model)."""
-        return self.W_dec * (1 / self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12))
+        norm = self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return self.W_dec * (1 / norm)  # F.normalize would keep two more copies of W_dec
 
     def encode(self, x):
         """x (..., d_model) -> features (..., n_features), most of them zero."""
-        # Not x @ W_enc + b_enc: under bfloat16 autocast that keeps the features twice
+        # Not x @ W_enc + b_enc: under bfloat16 autocast, autograd would store the features twice
         return F.relu(F.linear(x, self.W_enc.T, self.b_enc))
 
     def decode(self, features):
@@ -132,8 +136,10 @@ class KLLoss(torch.autograd.Function):
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
         n_pos = len(h_clean)
-        chunk = max(64, 2**24 // len(unembedding) // 64 * 64)  # 64 MB of logits
-        chunk = max(chunk, n_pos // 16)  # torch.compile unrolls the loop: keep it short
+        # A chunk is 64 MB of logits in float32, or a sixteenth of the positions if that is more, as
+        # torch.compile unrolls the loop.
+        chunk = max(64, 2**24 // len(unembedding) // 64 * 64)
+        chunk = max(chunk, n_pos // 16)
         kl = 0.0
         gradient = torch.empty_like(h_spliced)
         for start in range(0, n_pos, chunk):
@@ -141,8 +147,8 @@ class KLLoss(torch.autograd.Function):
             c = h_clean[part]
             s = h_spliced[part]
             # Logits are (vocab, pos) here: (pos, vocab) is slower where vocab is odd, as 50,257 is.
-            y = (unembedding @ c.T).to(c.dtype)  # c.dtype: autocast must not round the softmax
-            y_hat = y + unembedding @ (s - c).T  # so that bfloat16 rounds both logits alike
+            y = (unembedding @ c.T).to(c.dtype)  # float32 again, where autocast made it bfloat16
+            y_hat = y + unembedding @ (s - c).T  # the rounding error of y cancels in log_p - log_q
             log_p = y.log_softmax(0)
             log_q = y_hat.log_softmax(0)
             p = log_p.exp()
@@ -178,44 +184,49 @@ def entering(gpt, tokens, layer):
 def compute_loss(gpt, sae, tokens, config):
     """One of the four losses on tokens (batch, pos): (loss, its terms before weighting).
 
-    Gradients reach the SAE's parameters only, through the later blocks: GPT-2's parameters are
-    frozen (gpt2.GPT sets requires_grad to False), and the clean run is a constant target.
+    Gradients reach the SAE's parameters only (but for local, through the later blocks): GPT-2's
+    parameters are frozen (gpt2.GPT sets requires_grad to False), and the clean run is a constant.
 
     Cost for GPT-2 small, layer 6, 46,080 features, in million operations of matrix products per
-    token: the blocks before the SAE 85; the SAE 354, in five products (encode, decode, and the
-    gradients of the features and of both matrices; x needs none); that is `local`, 85 + 354 = 439.
-    The later blocks and the unembedding cost 162, and the other losses run them three times (clean,
-    spliced, and backward through spliced): 439 + 3 * 162 = 925.
+    token:
+
+        the blocks before the SAE                                                     85
+        the SAE, five products: encode, decode, and the gradients of the features
+            and of both matrices (x needs none)                                      354
+        local                                                             85 + 354 = 439
+        the later blocks and the unembedding                                         162
+        the other losses run them three times: clean, spliced, and
+            backward through spliced                                 439 + 3 * 162 = 925
     """
     x = entering(gpt, tokens, config.layer)  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
     x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
     l0 = features.count_nonzero() / tokens.numel()
     l1 = features.sum(-1, dtype=x.dtype)  # (batch, pos); bfloat16 would be too coarse to sum in
-    l1 = l1.mean() / x.shape[-1]  # over d_model, as mse is a mean over it
+    l1 = l1.mean() / x.shape[-1]  # divided by d_model, as mse is a mean over d_model
     mse = F.mse_loss(x_hat, x)
     terms = {"l0": l0, "l1": l1, "mse": mse}
     if config.loss == "local":  # the blocks from `layer` on do not run at all
         return mse + config.sparsity * l1, terms
 
     with torch.no_grad():
-        clean = run_blocks(gpt, x, config.layer)  # entering `layer`, `layer` + 1, ..., and the last
+        clean = run_blocks(gpt, x, config.layer)  # entering `layer`, ..., leaving the last block
     spliced = run_blocks(gpt, x_hat, config.layer)
     h_clean = gpt.ln_f(clean[-1]).flatten(0, 1)  # (batch * pos, d_model)
     h_spliced = gpt.ln_f(spliced[-1]).flatten(0, 1)
     kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight)
     terms["kl"] = kl
     if config.loss == "finish":  # Karvonen 2025, arXiv 2503.17272
-        alpha = (mse / kl).detach()  # a constant: it brings the gradient of kl to the size of mse's
+        alpha = (mse / kl).detach()  # a constant, with which alpha * kl has the value of mse
         return 0.5 * (alpha * kl + mse) + config.sparsity * l1, terms
 
-    terms["mse"] = mse.detach()  # below it is shown, not minimised
+    terms["mse"] = mse.detach()  # of the losses below it is no part: it is only logged
     if config.loss == "e2e":
         return kl + config.sparsity * l1, terms
 
     # e2e_ds: of two SAEs with the same kl, prefer the one that computes the output as the clean run
-    # does. Compared are the streams entering the blocks after `layer`: not x itself, whose error is
-    # what end-to-end training allows, nor what leaves the last block, which kl compares.
+    # does. It compares the streams entering the blocks after `layer`. x itself may differ, and what
+    # leaves the last block is left to kl.
     between = zip(spliced[1:-1], clean[1:-1])
     downstream_mse = torch.stack([F.mse_loss(s, c) for s, c in between]).mean()
     terms["downstream_mse"] = downstream_mse
@@ -228,7 +239,8 @@ def compute_loss(gpt, sae, tokens, config):
 def evaluate(gpt, sae, tokens, layer):
     """What the model loses if it reads x_hat instead of x, on tokens (sequence, pos): a JSON dict.
 
-    ce, ce_spliced       next-token cross-entropy of the clean and the spliced model, in nats
+    ce, ce_spliced       next-token cross-entropy of the clean and the spliced model, in nats (over
+                         all positions but the last, whose next token is not there)
     ce_increase          ce_spliced - ce
     ce_ablated           ce with the mean of x, over all tokens, in the place of x
     ce_recovered         1 - ce_increase / (ce_ablated - ce)
@@ -237,7 +249,7 @@ def evaluate(gpt, sae, tokens, layer):
     l0                   active features per token
     alive, n_features    dictionary elements that are active at least once on `tokens`; all elements
     mse                  mean over tokens and d_model of (x_hat - x)^2
-    explained_variance   1 - mse / mean of (x - mean of x)^2
+    explained_variance   1 - mse / mean over tokens and d_model of (x - mean of x over tokens)^2
     ..._by_layer         these two for the streams entering `layer` and each later block
     l2_ratio             mean of |x_hat| / |x| over all positions but the first
     l2_ratio_first       and at the first, where GPT-2's x is many times longer
@@ -260,9 +272,10 @@ def evaluate(gpt, sae, tokens, layer):
         x_hat = sae.decode(features)
         clean = run_blocks(gpt, x, layer)
         spliced = run_blocks(gpt, x_hat, layer)
-        log_p = gpt.unembed(clean.pop()).log_softmax(-1)  # (batch, pos, vocab)
-        log_q = gpt.unembed(spliced.pop()).log_softmax(-1)
-        clean = torch.stack(clean)  # (layers, batch, pos, d_model)
+        log_p = gpt.unembed(clean[-1]).log_softmax(-1)  # (batch, pos, vocab)
+        log_q = gpt.unembed(spliced[-1]).log_softmax(-1)
+        clean = torch.stack(clean[:-1])  # (layers, batch, pos, d_model)
+        spliced = torch.stack(spliced[:-1])
         ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
         measures = {
             "ce": F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]),
@@ -271,11 +284,11 @@ def evaluate(gpt, sae, tokens, layer):
             "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(),
             "l2_ratio": ratio[:, 1:].mean(),
             "l2_ratio_first": ratio[:, 0].mean(),
-            "mse": (torch.stack(spliced) - clean).pow(2).mean((1, 2, 3)),  # (layers,)
+            "mse": (spliced - clean).pow(2).mean((1, 2, 3)),  # (layers,)
             "variance": (clean - mean).pow(2).mean((1, 2, 3)),
         }
         share = len(batch) / len(tokens)
-        for name, value in measures.items():
+        for name, value in measures.items():  # summed in float64, off the device
             totals[name] = totals.get(name, 0) + share * np.array(value.tolist())
 
     # Ablation puts the mean of x at every position. Attention over equal values returns that value,
@@ -305,7 +318,7 @@ def evaluate(gpt, sae, tokens, layer):
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Defaults: the paper's, for GPT-2, and for the embedded model some that suit it and two CPU cores
+# Defaults: the paper's, for GPT-2; and some for the small model in data/stdlib/ and two CPU cores
 PAPER = {"layer": 6, "n_sequences": 400_000, "context": 1024, "batch_size": 16, "lr": 5e-4}
 STDLIB = {"layer": 3, "n_sequences": 3_200, "context": 128, "batch_size": 4, "lr": 5e-3}
 PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0, "finish": 6.0}
@@ -322,17 +335,18 @@ def setting(help, default=None):
 
 @dataclass
 class Config:
-    """A run's settings: `n_sequences` is the flag --n-sequences and an entry of config.json. What
-    is None gets its default. UserError if a value is out of range or does not fit the model."""
+    """A run's settings. Each is a flag (`n_sequences`: --n-sequences) and an entry of config.json.
+    What is None gets its default. UserError for a value out of range or unfit for the model."""
     model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
     text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder "
                         "with train.bin and val.bin (what the model was trained on)")
-    layer: int = setting("the SAE reads the residual stream entering this block (6; stdlib 3)")
+    layer: int = setting("the SAE reads the residual stream entering this block, counted from 0 "
+                         "(6; stdlib 3)")
     loss: str = setting("local, e2e, e2e_ds or finish (e2e)", "e2e")
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
     sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY})")
-    downstream: float = setting("β, the weight of downstream_mse (2.5; layer 10 0.05)")
+    downstream: float = setting("β, the weight of downstream_mse (2.5; at layer 10: 0.05)")
     n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
     n_sequences: int = setting("sequences to train on, in whole batches (400,000; stdlib 3,200)")
     context: int = setting("tokens per sequence (1024; stdlib 128)")
@@ -352,7 +366,7 @@ class Config:
             ensure(value != "", f"{flag(name)} is empty: give a value, or leave it out")
         ensure(self.loss in PAPER_SPARSITY, f"--loss {self.loss}: local, e2e, e2e_ds or finish")
 
-        # Defaults: what an SAE to start from was made for, the model's, then what follows from both
+        # fill_in sets only what is None, so the first source wins: --init, the model, the paper
         if self.init and None in (self.model, self.layer, self.context, self.n_features):
             sae = load_sae(self.init, self.layer)
             self.fill_in(**sae.made_for, n_features=len(sae.b_enc))
@@ -391,8 +405,8 @@ class Config:
         last = sizes.n_layer - 1
         if self.loss == "e2e_ds":
             last -= 1  # it compares the streams entering later blocks, so it needs one
-        ensure(0 <= self.layer <= last, f"--layer {self.layer}: must be from 0 to {last} for --loss "
-               f"{self.loss} on {self.model}")
+        ensure(0 <= self.layer <= last, f"--layer {self.layer}: must be from 0 to {last} for "
+               f"--loss {self.loss} on {self.model}")
         ensure(2 <= self.context <= sizes.n_positions, f"--context {self.context}: must be from 2 "
                f"to {sizes.n_positions}")
 
@@ -451,7 +465,8 @@ def train(config, resume=False):
     checkpoint = read_checkpoint(out) if resume else None
     gpt, sae = set_up(config, checkpoint)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
-    text = data.windows(data.load_tokens(config.model, "train", config.text), config.context)
+    text = data.load_tokens(config.model, "train", config.text)
+    text = data.windows(text, config.context)  # (sequence, context), cut without overlap
     eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / batch_size)
@@ -464,7 +479,9 @@ def train(config, resume=False):
 
     with open_log(out, rank, log_size) as log, catch_signals(world) as signals:
         if rank == 0:
-            print(describe(config), f"x {world}: from step {step:,} of {n_steps:,}")
+            print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
+                  f"{config.n_features:,} features -> {out}, on {config.device} x {world}: from "
+                  f"step {step:,} of {n_steps:,}")
         last_log = (step, time.time())
         last_save = time.time()
         while step < n_steps:
@@ -494,8 +511,10 @@ def train(config, resume=False):
             optimizer.step()
             optimizer.zero_grad()
 
-            # Every tenth step: log, save if due, stop if asked to (one process: at once)
-            if step % 10 and step not in (1, n_steps) and not (world == 1 and signals):
+            # Every tenth step, and at a signal: log, save if due, stop if asked to. Several
+            # processes must do this after the same step, so a signal has to wait for the tenth.
+            log_now = step % 10 == 0 or step in (1, n_steps)
+            if not log_now and (world > 1 or not signals):
                 continue
             line = {"step": step} | dict(zip(["loss"] + list(terms), sums.tolist()))
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
@@ -560,12 +579,6 @@ def agree(signals, world, device):
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         number = highest.item()
     return number
-
-
-def describe(config):
-    """A run in one line: what it trains, on which model and text, where and how."""
-    return (f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
-            f"{config.n_features:,} features -> {config.out}, on {config.device}")
 
 
 def report(line, log, last, config, signals):
@@ -634,7 +647,7 @@ def restore(checkpoint, config, n_tokens, sae, optimizer):
 # ---- Files: SAEs as this file, SAELens and the paper's library write them ------------------------
 
 APOLLO = "apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d"
-# Entries of SAELens' cfg.json and the values with which it computes what SAE does
+# Entries of SAELens' cfg.json, and the values with which SAELens computes the same as SAE
 COMPUTED = {
     "architecture": ["standard"],
     "activation_fn": ["relu"],
@@ -672,7 +685,7 @@ def save_sae(sae, folder, model, layer, context):
             "model_from_pretrained_kwargs": {"center_writing_weights": True},
         },
     }
-    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.dictionary, "b_dec": sae.b_dec}
+    tensors = sae.state_dict() | {"W_dec": sae.dictionary}
     gpt2.write_safetensors(f"{folder}/sae_weights.safetensors", tensors)
     write_json(f"{folder}/cfg.json", cfg)
 
@@ -702,8 +715,8 @@ def load_sae(path_or_name, layer=None):
 
 
 def fold(weights, scale):
-    """Let features take over `scale` (n_features,), a factor of the rows of W_dec, which become
-    unit vectors. A row of zeros has the scale 0: its feature is never active."""
+    """Multiply the features by `scale` (n_features,) and make the rows of W_dec unit vectors. The
+    scale of a row of zeros is 0, so that its feature is never active."""
     weights["W_enc"] = weights["W_enc"] * scale
     weights["b_enc"] = weights["b_enc"] * scale
     weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)
@@ -741,7 +754,7 @@ def read_saelens(folder):
                     "context": metadata["context_size"]}
         kwargs = metadata.get("model_from_pretrained_kwargs") or {}
         ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
-        if not kwargs.get("center_writing_weights", flat):
+        if not kwargs.get("center_writing_weights", flat):  # in 2024 it was the default
             note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
                  "from an older version of this file); here the mean is zero")
 
@@ -781,7 +794,7 @@ def read_paper(path, layer):
         b_dec = checked("decoder.bias", sae.pop("decoder.bias"), d_model)
         ensure(not sae, f"unknown weights: {', '.join(sae)}")
         weights = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec.T, "b_dec": b_dec}
-        # Its forward pass divides a row by its norm, but at least by 1e-12
+        # Rows are normalised in its forward pass, too, so nothing but rows below 1e-12 changes
         fold(weights, (weights["W_dec"].norm(dim=1) / 1e-12).clamp(max=1))
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
 
@@ -867,15 +880,12 @@ def remove(gpt, sae, tokens, layer, feature, pos):
 
 
 def nearest(a, b, skip=0):
-    """For each of the unit rows a, b (element, d_model): the highest cosine similarity of a row of
-    a with one of b, and which row of b that is. skip=1: the second highest, for b = a."""
-    cosines = []
-    rows = []
-    for part in a.split(1024):
-        best = (part @ b.T).topk(skip + 1)
-        cosines.append(best.values[:, skip])
-        rows.append(best.indices[:, skip])
-    return torch.cat(cosines), torch.cat(rows)
+    """For each row of a: its highest cosine similarity with a row of b, and which row of b that is.
+    Both hold unit rows (element, d_model). skip=1 takes the second highest, for b = a."""
+    best = [(part @ b.T).topk(skip + 1) for part in a.split(1024)]
+    cosines = torch.cat([top.values[:, skip] for top in best])
+    rows = torch.cat([top.indices[:, skip] for top in best])
+    return cosines, rows
 
 
 @torch.no_grad()
@@ -953,8 +963,8 @@ def contexts(gpt, sae, tokens, layer, feature, active):
     in which it is most active and weaker ones, with the effect of its removal in each."""
     peak, pos = active.max(1)  # of each sequence
     order = peak.argsort(descending=True)[: peak.count_nonzero()]
-    step = len(order) // 3 + 1
-    rows = torch.cat([order[:4], order[4::step]])
+    weaker = order[4 :: len(order) // 3 + 1]  # at most three
+    rows = torch.cat([order[:4], weaker])
     if len(rows) == 0:
         return []
     with_feature, without = remove(gpt, sae, tokens[rows], layer, feature, pos[rows])
@@ -1056,11 +1066,10 @@ def main(arguments=None):
     """The command line. UserError for what the user can correct."""
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
+        kind = {"type": f.type}
         if f.type is bool:
-            parser.add_argument(flag(f.name), help=f.metadata["help"],
-                                action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(flag(f.name), help=f.metadata["help"], type=f.type)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(f.name), help=f.metadata["help"], **kind)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", metavar="RUN", help="continue a run that was stopped")
     action.add_argument("--evaluate", metavar="SAE", nargs="+", help="print what SAEs cost a model")

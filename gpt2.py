@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch: the model, its weights and its tokenizer. Copy this file as it is.
+"""GPT-2 in plain PyTorch: the model, its weights, its tokenizer. This file stands alone: copy it.
 
     gpt = GPT.from_pretrained("gpt2")        # fetched once; or a folder that transformers wrote
     x = gpt.embed(tokens)                    # (batch, pos, d_model), the residual stream
@@ -106,7 +106,7 @@ class GPT(nn.Module):
     def embed(self, tokens):
         """Token ids (batch, pos) -> the residual stream entering block 0 (batch, pos, d_model)."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-        return x - x.mean(-1, keepdim=True)  # zero mean: see the top of the file
+        return x - x.mean(-1, keepdim=True)  # here, not in wte, because wte also unembeds
 
     def unembed(self, x):
         """The residual stream leaving the last block -> logits (batch, pos, vocab)."""
@@ -124,6 +124,7 @@ class GPT(nn.Module):
         """Load one of OpenAI's models by name (see SIZES), "stdlib", or a GPT-2 from the folder
         that transformers saved it in. Parameters are float32, on the CPU, and frozen. UserError if
         the files cannot be had, or hold anything that would change the logits computed here."""
+        # vocab.json, too, so that later runs need no network
         folder = model_folder(name_or_folder, ["vocab.json", "model.safetensors"])
         config = model_config(name_or_folder)
         path = folder / "model.safetensors"
@@ -200,8 +201,9 @@ def load_tokenizer(name_or_folder):
     folder = model_folder(name_or_folder, ["vocab.json"])
     path, vocab, merges = read_vocab(folder)
     with reading(path):
-        special = {END_OF_TEXT} & vocab.keys()
-        if merges:
+        if merges is None:
+            special = {END_OF_TEXT} & vocab.keys()
+        else:
             # tiktoken merges in the order of the ids, transformers in the order of its list.
             known = set(ALPHABET)
             merged = []
@@ -281,7 +283,8 @@ def ensure(condition, message):
 
 
 def check_entries(entries, allowed):
-    """Raise UserError for an entry whose value is not one of those allowed, {name: values}."""
+    """Raise UserError for an entry whose value is not one of those allowed, {name: values}. An
+    entry that is not there counts as the first of them."""
     for name, values in allowed.items():
         value = entries.get(name, values[0])
         ensure(value in values, f"{name} is {value!r} instead of {values[0]!r}")
@@ -362,7 +365,7 @@ def download(url, path, sha256=None):
                 expected = fetch_rest(url, path, part, sha256)
             except requests.RequestException as error:
                 done = part.stat().st_size
-                failures = 0 if done > most else failures + 1
+                failures = 0 if done > most else failures + 1  # new bytes: start counting again
                 most = max(most, done)
                 ensure(failures < 4, f"cannot fetch {url} ({error}); put the file at {path}, "
                        "or use --model stdlib, which needs no network")
@@ -389,14 +392,14 @@ def fetch_rest(url, path, part, sha256):
             if re.fullmatch("[0-9a-f]{64}", etag):  # 40 digits are git's SHA-1, of a small file
                 sha256 = sha256 or etag
             stated_size = stated_size or hop.headers.get("X-Linked-Size")
-        found = answer.headers.get("Content-Range", "")
-        if answer.status_code == 416:  # nothing is there from `have` on
-            if found == f"bytes */{have}":
+        content_range = answer.headers.get("Content-Range", "")
+        if answer.status_code == 416:  # the file ends at `have`, or before
+            if content_range == f"bytes */{have}":
                 return sha256
-            part.write_bytes(b"")  # `part` is longer than the file
+            part.write_bytes(b"")  # `part` is too long: the next attempt starts anew
         answer.raise_for_status()
-        if answer.status_code == 206 and not found.startswith(f"bytes {have}-"):
-            raise requests.RequestException(f"got {found} instead of bytes {have}-")
+        if answer.status_code == 206 and not content_range.startswith(f"bytes {have}-"):
+            raise requests.RequestException(f"got {content_range} instead of bytes {have}-")
 
         rest = int(answer.headers.get("Content-Length", 0))
         size = have + rest if answer.status_code == 206 else rest
@@ -407,16 +410,16 @@ def fetch_rest(url, path, part, sha256):
         ensure(not rest or stated_size in (None, str(size)),
                f"{url} answers with {size} bytes of {stated_size}; {advice}")
         chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
-        if answer.status_code == 200:  # the server ignores Range and sends the whole file
-            part.write_bytes(b"")
-        with open(part, "ab") as file:
+        mode = "ab" if answer.status_code == 206 else "wb"  # 200: all of it, Range is ignored
+        with open(part, mode) as file:
             file.writelines(chunks)  # raises if the connection breaks
     return sha256
 
 
 @contextmanager
 def reading(path):
-    """Turn any error in reading and parsing the file at `path` into a one-line UserError."""
+    """Turn any error in reading and parsing the file at `path`, those of `ensure` too, into a
+    UserError of one line that names the file."""
     try:
         if os.path.isfile(path):
             with open(path, "rb") as file:
