@@ -63,7 +63,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +79,20 @@ from gpt2 import GPT, UserError, ensure, progress, read_json, reading, write_jso
 # ---- The sparse autoencoder ----------------------------------------------------------------------
 
 class SAE(nn.Module):
-    """The paper's sparse autoencoder (section 2): one hidden layer, ReLU, unit dictionary elements.
-
-    The rows of W_dec are normalised in the forward pass. Otherwise the features, and with them l1,
-    could shrink at no cost while W_dec grows.
-    """
+    """The paper's sparse autoencoder (section 2). The rows of W_dec are normalised in the forward
+    pass: otherwise the features, and with them l1, could shrink at no cost while W_dec grows."""
     def __init__(self, d_model, n_features):
         super().__init__()
-        # All but the dictionary start as nn.Linear's do: uniform within 1 / sqrt(inputs)
-        bound = d_model**-0.5
-        self.W_enc = nn.Parameter(torch.empty(d_model, n_features).uniform_(-bound, bound))
-        self.b_enc = nn.Parameter(torch.empty(n_features).uniform_(-bound, bound))
-        self.W_dec = nn.Parameter(nn.init.orthogonal_(torch.empty(n_features, d_model)))
-        bound = n_features**-0.5
-        self.b_dec = nn.Parameter(torch.empty(d_model).uniform_(-bound, bound))
+        self.W_enc = nn.Parameter(torch.empty(d_model, n_features))
+        self.b_enc = nn.Parameter(torch.empty(n_features))
+        self.W_dec = nn.Parameter(torch.empty(n_features, d_model))
+        self.b_dec = nn.Parameter(torch.empty(d_model))
         self.made_for = {}  # after `load_sae`: its model, layer and context
+        # As in nn.Linear, weights start uniform within 1 / sqrt(number of inputs)
+        nn.init.uniform_(self.W_enc, -(d_model**-0.5), d_model**-0.5)
+        nn.init.uniform_(self.b_enc, -(d_model**-0.5), d_model**-0.5)
+        nn.init.orthogonal_(self.W_dec)
+        nn.init.uniform_(self.b_dec, -(n_features**-0.5), n_features**-0.5)
 
     @property
     def dictionary(self):
@@ -260,8 +258,10 @@ def evaluate(gpt, sae, tokens, layer):
 
     mean = 0  # of the streams entering `layer` and each later block, over all tokens
     for batch in batches:
-        clean = torch.stack(run_blocks(gpt, entering(gpt, batch, layer), layer)[:-1])
-        mean = mean + clean.sum((1, 2), keepdim=True) / tokens.numel()  # (layers, 1, 1, d_model)
+        x = entering(gpt, batch, layer)
+        clean = torch.stack(run_blocks(gpt, x, layer)[:-1])  # (layers, batch, pos, d_model)
+        total = clean.sum((1, 2), keepdim=True)
+        mean = mean + total / tokens.numel()  # (layers, 1, 1, d_model)
 
     totals = {}
     fired = 0
@@ -274,22 +274,25 @@ def evaluate(gpt, sae, tokens, layer):
         spliced = run_blocks(gpt, x_hat, layer)
         log_p = gpt.unembed(clean[-1]).log_softmax(-1)  # (batch, pos, vocab)
         log_q = gpt.unembed(spliced[-1]).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (batch, pos)
+        agree = log_p.argmax(-1) == log_q.argmax(-1)
         clean = torch.stack(clean[:-1])  # (layers, batch, pos, d_model)
         spliced = torch.stack(spliced[:-1])
         ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
         measures = {
             "ce": F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]),
             "ce_spliced": F.nll_loss(log_q[:, :-1].mT, batch[:, 1:]),
-            "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-            "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(),
+            "kl": kl.mean(),
+            "top1_agreement": agree.float().mean(),
             "l2_ratio": ratio[:, 1:].mean(),
             "l2_ratio_first": ratio[:, 0].mean(),
             "mse": (spliced - clean).pow(2).mean((1, 2, 3)),  # (layers,)
             "variance": (clean - mean).pow(2).mean((1, 2, 3)),
         }
         share = len(batch) / len(tokens)
-        for name, value in measures.items():  # summed in float64, off the device
-            totals[name] = totals.get(name, 0) + share * np.array(value.tolist())
+        for name, value in measures.items():
+            value = np.array(value.tolist())  # float64, off the device
+            totals[name] = totals.get(name, 0) + share * value
 
     # Ablation puts the mean of x at every position. Attention over equal values returns that value,
     # so the model then predicts the same at every position, and a run over one token is enough.
@@ -319,10 +322,10 @@ def evaluate(gpt, sae, tokens, layer):
 # ---- Settings ------------------------------------------------------------------------------------
 
 # Defaults: the paper's, for GPT-2; and some for the small model in data/stdlib/ and two CPU cores
-PAPER = {"layer": 6, "n_sequences": 400_000, "context": 1024, "batch_size": 16, "lr": 5e-4}
-STDLIB = {"layer": 3, "n_sequences": 3_200, "context": 128, "batch_size": 4, "lr": 5e-3}
-PAPER_SPARSITY = {"local": 6.0, "e2e": 1.5, "e2e_ds": 10.0, "finish": 6.0}
-STDLIB_SPARSITY = {"local": 1.15, "e2e": 1.8, "e2e_ds": 5.0, "finish": 1.15}
+PAPER = dict(layer=6, n_sequences=400_000, context=1024, batch_size=16, lr=5e-4)
+STDLIB = dict(layer=3, n_sequences=3_200, context=128, batch_size=4, lr=5e-3)
+PAPER_SPARSITY = dict(local=6.0, e2e=1.5, e2e_ds=10.0, finish=6.0)
+STDLIB_SPARSITY = dict(local=1.15, e2e=1.8, e2e_ds=5.0, finish=1.15)
 # Execution settings change the result by rounding only (but for `finish`, whose α is the
 # micro-batch's), so --resume may change them
 EXECUTION = ("device", "dtype", "compile", "micro_batch", "checkpoint_minutes")
@@ -340,8 +343,7 @@ class Config:
     model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
     text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder "
                         "with train.bin and val.bin (what the model was trained on)")
-    layer: int = setting("the SAE reads the residual stream entering this block, counted from 0 "
-                         "(6; stdlib 3)")
+    layer: int = setting("the SAE is where the residual stream enters this block (6; stdlib 3)")
     loss: str = setting("local, e2e, e2e_ds or finish (e2e)", "e2e")
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
@@ -362,58 +364,36 @@ class Config:
     out: str = setting("the run's folder (out/MODEL-layerN-LOSS)")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            ensure(value != "", f"{flag(name)} is empty: give a value, or leave it out")
-        ensure(self.loss in PAPER_SPARSITY, f"--loss {self.loss}: local, e2e, e2e_ds or finish")
-
+        check_choices(self)
         # fill_in sets only what is None, so the first source wins: --init, the model, the paper
         if self.init and None in (self.model, self.layer, self.context, self.n_features):
             sae = load_sae(self.init, self.layer)
-            self.fill_in(**sae.made_for, n_features=len(sae.b_enc))
+            self.fill_in(n_features=len(sae.b_enc), **sae.made_for)
         self.fill_in(model="gpt2")
         sizes = gpt2.model_config(self.model)
         if self.model == "stdlib":
-            self.fill_in(n_features=8 * sizes.n_embd, sparsity=STDLIB_SPARSITY[self.loss], **STDLIB)
+            self.fill_in(n_features=8 * sizes.n_embd)
+            self.fill_in(sparsity=STDLIB_SPARSITY[self.loss], **STDLIB)
         elif self.model not in gpt2.SIZES:  # a folder: the middle layer, a context that it has
-            self.fill_in(layer=sizes.n_layer // 2, context=min(1024, sizes.n_positions))
-        self.fill_in(n_features=60 * sizes.n_embd, sparsity=PAPER_SPARSITY[self.loss], **PAPER)
-        self.fill_in(downstream=0.05 if self.layer == 10 else 2.5, micro_batch=self.batch_size,
-                     device="cuda" if torch.cuda.is_available() else "cpu",
-                     out=f"out/{Path(self.model).resolve().name}-layer{self.layer}-{self.loss}")
-        on_cuda = self.device == "cuda"
+            self.fill_in(layer=sizes.n_layer // 2)
+            self.fill_in(context=min(1024, sizes.n_positions))
+        self.fill_in(n_features=60 * sizes.n_embd)
+        self.fill_in(sparsity=PAPER_SPARSITY[self.loss], **PAPER)
+        self.fill_in(downstream=0.05 if self.layer == 10 else 2.5)
+        self.fill_in(micro_batch=self.batch_size)
+        on_cuda = self.device == "cuda" or self.device is None and torch.cuda.is_available()
+        self.fill_in(device="cuda" if on_cuda else "cpu")
         self.fill_in(dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
+        name = Path(self.model).resolve().name
+        self.fill_in(out=f"out/{name}-layer{self.layer}-{self.loss}")
         self.text = data.text_name(self.model, self.text)
-        self.check(sizes)
+        check_ranges(self, sizes)
 
     def fill_in(self, **defaults):
         """Set those of the settings that are None."""
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-
-    def check(self, sizes):
-        """Raise UserError for a setting that is out of range or does not fit the model."""
-        lowest = {"n_features": 1, "n_sequences": 1, "batch_size": 1, "micro_batch": 1, "n_eval": 1,
-                  "sparsity": 0, "downstream": 0, "lr": 0, "seed": 0, "checkpoint_minutes": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            ensure(low <= value < 1e9, f"{flag(name)} {value}: must be from {low} to 1e9")
-        ensure(self.dtype in ("float32", "bfloat16"), f"--dtype {self.dtype}: float32 or bfloat16")
-        found = {"cpu": True, "cuda": torch.cuda.is_available(),
-                 "mps": torch.backends.mps.is_available()}
-        ensure(found.get(self.device), f"--device {self.device}: not found here; use --device cpu")
-        last = sizes.n_layer - 1
-        if self.loss == "e2e_ds":
-            last -= 1  # it compares the streams entering later blocks, so it needs one
-        ensure(0 <= self.layer <= last, f"--layer {self.layer}: must be from 0 to {last} for "
-               f"--loss {self.loss} on {self.model}")
-        ensure(2 <= self.context <= sizes.n_positions, f"--context {self.context}: must be from 2 "
-               f"to {sizes.n_positions}")
-
-
-def flag(name):
-    """The command-line flag of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -428,21 +408,6 @@ def learning_rate(config, done):
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def set_up(config, checkpoint=None):
-    """GPT-2 and the SAE that a run starts from, on the run's device. A checkpoint has the SAE's
-    weights itself, so --init is not read again."""
-    gpt = GPT.from_pretrained(config.model)
-    shape = (gpt.config.n_embd, config.n_features)
-    torch.manual_seed(config.seed)
-    if config.init and not checkpoint:
-        sae = load_sae(config.init, config.layer)
-        ensure(sae.W_enc.shape == shape, f"--init {config.init}: its d_model and n_features are "
-               f"{tuple(sae.W_enc.shape)}, those of the run {shape}")
-    else:
-        sae = SAE(*shape)
-    return gpt.to(config.device), sae.to(config.device)
-
-
 def train(config, resume=False):
     """Train an SAE with one of the four losses, by the paper's recipe; return the SAE. The folder
     `config.out` gets config.json, log.jsonl, checkpoint.pt, the SAE and eval.json; with `resume`
@@ -451,42 +416,35 @@ def train(config, resume=False):
     # Under torchrun each process takes its share of every batch; rank 0 also writes and evaluates
     rank = int(os.getenv("RANK", 0))
     world = int(os.getenv("WORLD_SIZE", 1))
-    batch_size = config.batch_size
-    out = config.out
-    ensure(world <= batch_size,
-           f"--batch-size {batch_size}: each of {world} processes needs a sequence")
-    ensure(resume or not os.path.exists(out),
-           f"{out} exists: --resume {out}, or choose another --out")
+    check_start(config, world, resume)
     if config.device == "cuda":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group()
 
-    checkpoint = read_checkpoint(out) if resume else None
+    checkpoint = read_checkpoint(config.out) if resume else None
     gpt, sae = set_up(config, checkpoint)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     text = data.load_tokens(config.model, "train", config.text)
     text = data.windows(text, config.context)  # (sequence, context), cut without overlap
     eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
     order = np.random.default_rng(config.seed).permutation(len(text))
-    n_steps = math.ceil(config.n_sequences / batch_size)
+    n_steps = math.ceil(config.n_sequences / config.batch_size)
     step, log_size = restore(checkpoint, config, text.size, sae, optimizer)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
     if rank == 0 and not resume:
-        write_json(f"{out}/config.json", vars(config))
+        write_json(f"{config.out}/config.json", vars(config))
 
-    with open_log(out, rank, log_size) as log, catch_signals(world) as signals:
+    with open_log(config.out, rank, log_size) as log, catch_signals(world) as signals:
         if rank == 0:
-            print(f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
-                  f"{config.n_features:,} features -> {out}, on {config.device} x {world}: from "
-                  f"step {step:,} of {n_steps:,}")
+            print(describe(config), f"x {world}, from step {step:,} of {n_steps:,}")
         last_log = (step, time.time())
         last_save = time.time()
         while step < n_steps:
             # The batch depends on settings and step only: resumed and multi-GPU runs see the same
-            numbers = np.arange(step * batch_size, (step + 1) * batch_size)[rank::world]
+            numbers = step * config.batch_size + np.arange(rank, config.batch_size, world)
             rows = text[order[numbers % len(order)]].astype(np.int64)
             tokens = torch.from_numpy(rows).to(config.device)  # (batch_size / world, context)
 
@@ -495,9 +453,10 @@ def train(config, resume=False):
             for part in tokens.split(config.micro_batch):
                 with autocast:
                     loss, terms = loss_function(gpt, sae, part, config)
-                share = len(part) / batch_size
+                share = len(part) / config.batch_size
                 (loss * share).backward()
-                sums += share * torch.stack([loss] + list(terms.values())).detach()
+                values = torch.stack([loss] + list(terms.values()))
+                sums += share * values.detach()
             if world > 1:
                 dist.all_reduce(sums)
                 for parameter in sae.parameters():
@@ -506,7 +465,7 @@ def train(config, resume=False):
             # Clip the gradient, set the learning rate, update the SAE
             grad_norm = nn.utils.clip_grad_norm_(sae.parameters(), max_norm=10)
             step += 1
-            lr = learning_rate(config, step * batch_size)
+            lr = learning_rate(config, step * config.batch_size)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
@@ -516,34 +475,83 @@ def train(config, resume=False):
             log_now = step % 10 == 0 or step in (1, n_steps)
             if not log_now and (world > 1 or not signals):
                 continue
-            line = {"step": step} | dict(zip(["loss"] + list(terms), sums.tolist()))
+            line = {"step": step}
+            line |= zip(["loss"] + list(terms), sums.tolist())
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
-            ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start "
-                   f"again with an --lr below {config.lr} (the last checkpoint is untouched)")
-            if rank == 0:
-                report(line, log, last_log, config, signals)
+            report(line, log, last_log, config, signals)
             last_log = (step, time.time())
             stop = agree(signals, world, config.device)
-            due = step == n_steps or time.time() - last_save >= 60 * config.checkpoint_minutes
-            if rank == 0 and (stop or due):
+            due = time.time() - last_save >= 60 * config.checkpoint_minutes
+            if rank == 0 and (stop or due or step == n_steps):
+                save_checkpoint(config.out, step, log, text.size, sae, optimizer)
                 last_save = time.time()
-                save_checkpoint(out, step, log, text.size, sae, optimizer)
             if stop:
-                if world > 1:
-                    dist.barrier()  # until rank 0 has saved
-                if rank == 0:
-                    print(f"stopped after step {step:,}; continue with --resume {out}")
-                raise SystemExit(128 + stop)
+                leave(stop, step, config.out, rank, world)
 
     if rank > 0:
         raise SystemExit  # rank 0 evaluates
-    save_sae(sae, out, config.model, config.layer, config.context)
-    saved = load_sae(out).to(config.device)  # as --evaluate will, to give the same figures
-    write_json(f"{out}/eval.json", evaluate(gpt, saved, eval_tokens, config.layer))
+    save_results(gpt, sae, eval_tokens, config)
     return sae
 
 
-# ---- The method ends here. Next: signals and a run's files ---------------------------------------
+# ---- The method ends here. Next: the settings' checks, signals, and a run's files ----------------
+
+def flag(name):
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def check_choices(config):
+    """Raise UserError for an empty setting, or an unknown loss or dtype."""
+    for name, value in vars(config).items():
+        ensure(value != "", f"{flag(name)} is empty: give a value, or leave it out")
+    ensure(config.loss in PAPER_SPARSITY, f"--loss {config.loss}: local, e2e, e2e_ds or finish")
+    ensure(config.dtype in (None, "float32", "bfloat16"),
+           f"--dtype {config.dtype}: float32 or bfloat16")
+
+
+def check_ranges(config, sizes):
+    """Raise UserError for a setting that is out of range or does not fit machine or model."""
+    lowest = dict(sparsity=0, downstream=0, lr=0, seed=0, checkpoint_minutes=0,
+                  n_features=1, n_sequences=1, batch_size=1, micro_batch=1, n_eval=1)
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        ensure(low <= value < 1e9, f"{flag(name)} {value}: must be from {low} to 1e9")
+    found = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    ensure(found.get(config.device), f"--device {config.device}: not found here; use --device cpu")
+    last = sizes.n_layer - 1
+    if config.loss == "e2e_ds":
+        last -= 1  # it compares the streams entering later blocks, so it needs one
+    ensure(0 <= config.layer <= last, f"--layer {config.layer}: must be from 0 to {last} for "
+           f"--loss {config.loss} on {config.model}")
+    ensure(2 <= config.context <= sizes.n_positions,
+           f"--context {config.context}: must be from 2 to {sizes.n_positions}")
+
+
+def check_start(config, world, resume):
+    """Raise UserError if a process has nothing to do, or a new run's folder exists."""
+    ensure(world <= config.batch_size,
+           f"--batch-size {config.batch_size}: each of {world} processes needs a sequence")
+    ensure(resume or not os.path.exists(config.out),
+           f"{config.out} exists: --resume {config.out}, or choose another --out")
+
+
+def set_up(config, checkpoint=None):
+    """GPT-2 and the SAE that a run starts from, on the run's device. A checkpoint has the SAE's
+    weights itself, so --init is not read again."""
+    gpt = GPT.from_pretrained(config.model)
+    shape = (gpt.config.n_embd, config.n_features)
+    torch.manual_seed(config.seed)
+    if config.init and not checkpoint:
+        sae = load_sae(config.init, config.layer)
+        found = tuple(sae.W_enc.shape)
+        ensure(found == shape, f"--init {config.init}: its d_model and n_features are {found}, "
+               f"those of the run {shape}")
+    else:
+        sae = SAE(*shape)
+    return gpt.to(config.device), sae.to(config.device)
+
 
 @contextmanager
 def catch_signals(world):
@@ -581,22 +589,41 @@ def agree(signals, world, device):
     return number
 
 
+def leave(number, step, out, rank, world):
+    """End the process after a signal, once rank 0 has saved."""
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        print(f"stopped after step {step:,}; continue with --resume {out}")
+    raise SystemExit(128 + number)
+
+
+def describe(config):
+    """What a run trains, on which model and text, where and how."""
+    return (f"{config.loss} on layer {config.layer} of {config.model}, text {config.text}, "
+            f"{config.n_features:,} features -> {config.out}, on {config.device}")
+
+
 def report(line, log, last, config, signals):
     """Append a line to log.jsonl and print it; last: step and time of the line before. A stdout
-    that is gone counts as a signal."""
+    that is gone counts as a signal. UserError, in all processes, if the loss is not finite."""
+    step = line["step"]
+    ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start again "
+           f"with an --lr below {config.lr} (the last checkpoint is untouched)")
+    if log is None:
+        return  # rank 0 writes
     last_step, last_time = last
-    seconds = (time.time() - last_time) / (line["step"] - last_step)  # per step
+    seconds = (time.time() - last_time) / (step - last_step)  # per step
     speed = config.batch_size * config.context / seconds
     log.write(json.dumps(line | {"tokens_per_second": speed}) + "\n")
-    done = line["step"] * config.batch_size
-    left = seconds * (config.n_sequences - done) / config.batch_size
+    left = config.n_sequences / config.batch_size - step
     shown = []
     for name, value in line.items():
         if name not in ("step", "lr"):
             shown.append(f"{name} {value:.4g}")
     try:
-        print(f"{min(1, done / config.n_sequences):4.0%}", "  ".join(shown),
-              f"{speed:,.0f} tokens/s", f"{max(0, left):,.0f} s left", sep="  ")
+        print(f"{step / (step + left):4.0%}", *shown, f"{speed:,.0f} tokens/s",
+              f"{seconds * left:,.0f} s left", sep="  ")
     except BrokenPipeError:
         gpt2.discard_stdout()
         signals.append(signal.SIGPIPE)
@@ -644,9 +671,21 @@ def restore(checkpoint, config, n_tokens, sae, optimizer):
     return checkpoint["step"], checkpoint["log_size"]
 
 
+def save_results(gpt, sae, tokens, config):
+    """Write the SAE and eval.json, the measures of the SAE as it was written."""
+    save_sae(sae, config.out, config.model, config.layer, config.context)
+    saved = load_sae(config.out).to(config.device)  # as --evaluate will, to give the same figures
+    write_json(f"{config.out}/eval.json", evaluate(gpt, saved, tokens, config.layer))
+
+
 # ---- Files: SAEs as this file, SAELens and the paper's library write them ------------------------
 
 APOLLO = "apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d"
+WEIGHTS = ["W_enc", "b_enc", "W_dec", "b_dec"]
+# Their names in a file of the paper's library, after "blocks-6-hook_resid_pre."
+PAPER_WEIGHTS = ["encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"]
+# Values that switch off an entry of SAELens' cfg.json
+OFF = (None, False, "none", "", [], {})
 # Entries of SAELens' cfg.json, and the values with which SAELens computes the same as SAE
 COMPUTED = {
     "architecture": ["standard"],
@@ -696,8 +735,9 @@ def load_sae(path_or_name, layer=None):
     `made_for` gets its model, layer and context. UserError if it is of another kind."""
     path = Path(path_or_name)
     if path.name.startswith("apollo:"):
-        path = gpt2.DATA / "apollo" / f"{path.name.removeprefix('apollo:')}.pt"
-        gpt2.download(f"{gpt2.HUB}/{APOLLO}/{path.name}", path)
+        name = path.name.removeprefix("apollo:")
+        path = gpt2.DATA / "apollo" / f"{name}.pt"
+        gpt2.download(f"{gpt2.HUB}/{APOLLO}/{name}.pt", path)
     if path.is_dir():
         weights, made_for = read_saelens(path)
     else:
@@ -708,94 +748,106 @@ def load_sae(path_or_name, layer=None):
         sae = SAE(*weights["W_enc"].shape)
     with reading(path):
         for name, weight in weights.items():
-            weights[name] = gpt2.finite_float32(name, weight).contiguous()
+            weight = gpt2.finite_float32(name, weight)  # scaling may have made it infinite
+            weights[name] = weight.contiguous()
         sae.load_state_dict(weights, assign=True)
     sae.made_for = made_for
     return sae
 
 
-def fold(weights, scale):
+def checked(tensors, names):
+    """The weights of an SAE in float64, {"W_enc": ...}, from {name in the file: tensor}; `names`
+    are the file's for W_enc, b_enc, W_dec and b_dec. UserError, with the name, for a tensor that is
+    not one of the four, has the wrong shape, or is not finite."""
+    ensure(tensors.keys() == set(names), f"its tensors are {sorted(tensors)} instead of {names}")
+    n_features, d_model = tensors[names[2]].shape
+    shapes = [(d_model, n_features), (n_features,), (n_features, d_model), (d_model,)]
+    weights = []
+    for name, shape in zip(names, shapes):
+        tensor = tensors[name]
+        ensure(tensor.shape == shape and 0 not in shape,
+               f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
+        weights.append(gpt2.finite_float32(name, tensor).double())
+    return dict(zip(WEIGHTS, weights))
+
+
+def scale_features(weights, scale):
     """Multiply the features by `scale` (n_features,) and make the rows of W_dec unit vectors. The
     scale of a row of zeros is 0, so that its feature is never active."""
-    weights["W_enc"] = weights["W_enc"] * scale
-    weights["b_enc"] = weights["b_enc"] * scale
+    weights["W_enc"] *= scale
+    weights["b_enc"] *= scale
     weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)
-
-
-def checked(name, tensor, *shape):
-    """A weight in float64. UserError, with its name, if its shape is wrong or it is not finite."""
-    ensure(isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-           and tensor.shape == shape and 0 not in shape, f"{name} is not a tensor of shape {shape}")
-    return gpt2.finite_float32(name, tensor).double()
 
 
 def read_saelens(folder):
     """An SAE as SAELens writes it, in its layout of today or of 2024: (weights, made_for)."""
     cfg = read_json(folder / "cfg.json")
-    tensors = gpt2.read_safetensors(folder / "sae_weights.safetensors")
     with reading(folder / "cfg.json"):
-        flat = "metadata" not in cfg  # the layout of 2024: all entries at the top
-        metadata = cfg if flat else cfg["metadata"]
-        gpt2.check_entries(cfg, COMPUTED)
-        gpt2.check_entries(metadata, COMPUTED)
-        if not flat:
-            known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
-            for name in set(cfg) - known - set(COMPUTED):
-                ensure(cfg[name] in (None, False, "none", "", [], {}), f"{name} is {cfg[name]!r}")
-        subtract_b_dec = cfg.get("apply_b_dec_to_input", True)
-        ensure(subtract_b_dec in (True, False)
-               and metadata.get("apply_b_dec_to_input", subtract_b_dec) == subtract_b_dec,
-               f"apply_b_dec_to_input is {subtract_b_dec!r}, or says true and false")
-        key = "hook_point" if "hook_point" in metadata else "hook_name"
-        match = re.fullmatch(r"blocks\.([0-9]+)\.hook_resid_pre", str(metadata.get(key)))
-        ensure(match, f"{key} is {metadata.get(key)!r} instead of 'blocks.N.hook_resid_pre'")
-        model = metadata["model_name"]
-        made_for = {"model": "gpt2" if model == "gpt2-small" else model, "layer": int(match[1]),
-                    "context": metadata["context_size"]}
-        kwargs = metadata.get("model_from_pretrained_kwargs") or {}
-        ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
-        if not kwargs.get("center_writing_weights", flat):  # in 2024 it was the default
-            note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
-                 "from an older version of this file); here the mean is zero")
-
+        made_for, centred, subtract_b_dec = read_cfg(cfg)
+    if not centred:
+        note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
+             "from an older version of this file); here the mean is zero")
+    tensors = gpt2.read_safetensors(folder / "sae_weights.safetensors")
     with reading(folder / "sae_weights.safetensors"):
-        d_model = cfg["d_in"]
-        n_features = cfg["d_sae"]
-        weights = {"W_enc": checked("W_enc", tensors.pop("W_enc"), d_model, n_features),
-                   "b_enc": checked("b_enc", tensors.pop("b_enc"), n_features),
-                   "W_dec": checked("W_dec", tensors.pop("W_dec"), n_features, d_model),
-                   "b_dec": checked("b_dec", tensors.pop("b_dec"), d_model)}
-        for name, tensor in tensors.items():
-            ensure(name == "scaling_factor" and bool((tensor == 1).all()),
-                   f"the tensor {name} is none of W_enc, b_enc, W_dec, b_dec")
+        factor = tensors.pop("scaling_factor", torch.ones(1))
+        ensure(bool((factor == 1).all()), "scaling_factor is not 1")
+        weights = checked(tensors, WEIGHTS)
+        found = weights["W_enc"].shape
+        ensure(found == (cfg["d_in"], cfg["d_sae"]),
+               f"W_enc has the shape {tuple(found)}, cfg.json the sizes {cfg['d_in'], cfg['d_sae']}")
         if subtract_b_dec:  # features are computed from x - b_dec
             weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
-        fold(weights, weights["W_dec"].norm(dim=1))
+        scale_features(weights, weights["W_dec"].norm(dim=1))
     return weights, made_for
+
+
+def read_cfg(cfg):
+    """What SAELens' cfg.json says: what the SAE was made for, whether the residual stream was
+    centred, and whether b_dec is subtracted from x. UserError for what SAE does not compute."""
+    flat = "metadata" not in cfg  # the layout of 2024: all entries at the top
+    metadata = cfg if flat else cfg["metadata"]
+    gpt2.check_entries(cfg, COMPUTED)
+    gpt2.check_entries(metadata, COMPUTED)
+    if not flat:
+        known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
+        for name in cfg.keys() - known - COMPUTED.keys():
+            ensure(cfg[name] in OFF, f"{name} is {cfg[name]!r}")
+    subtract_b_dec = cfg.get("apply_b_dec_to_input", True)
+    gpt2.check_entries(metadata, {"apply_b_dec_to_input": [subtract_b_dec]})
+    ensure(subtract_b_dec in (True, False), f"apply_b_dec_to_input is {subtract_b_dec!r}")
+
+    key = "hook_point" if "hook_point" in metadata else "hook_name"
+    hook = str(metadata.get(key))
+    match = re.fullmatch(r"blocks\.([0-9]+)\.hook_resid_pre", hook)
+    ensure(match, f"{key} is {hook!r} instead of 'blocks.N.hook_resid_pre'")
+    model = metadata["model_name"]
+    if model == "gpt2-small":
+        model = "gpt2"
+    made_for = {"model": model, "layer": int(match[1]), "context": metadata["context_size"]}
+    kwargs = metadata.get("model_from_pretrained_kwargs") or {}
+    ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
+    centred = kwargs.get("center_writing_weights", flat)  # in 2024 it was the default
+    return made_for, centred, subtract_b_dec
 
 
 def read_paper(path, layer):
     """An SAE as the paper's library writes it: (weights, made_for). Its keys are
     blocks-6-hook_resid_pre.encoder.0.weight, .encoder.0.bias, .decoder.weight, .decoder.bias."""
     with reading(path):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
         saes = {}  # by layer
-        for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+        for key, tensor in loaded.items():
             match = re.fullmatch(r"blocks-([0-9]+)-hook_resid_pre\.(.+)", key)
             ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
-            saes.setdefault(int(match[1]), {})[match[2]] = tensor
+            sae = saes.setdefault(int(match[1]), {})
+            sae[match[2]] = tensor.t()  # its matrices are the transposes of ours
         if layer is None and len(saes) == 1:
             layer = min(saes)
         ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
-        sae = saes[layer]
-        d_model, n_features = sae["decoder.weight"].shape
-        W_enc = checked("encoder.0.weight", sae.pop("encoder.0.weight"), n_features, d_model)
-        b_enc = checked("encoder.0.bias", sae.pop("encoder.0.bias"), n_features)
-        W_dec = checked("decoder.weight", sae.pop("decoder.weight"), d_model, n_features)
-        b_dec = checked("decoder.bias", sae.pop("decoder.bias"), d_model)
-        ensure(not sae, f"unknown weights: {', '.join(sae)}")
-        weights = {"W_enc": W_enc.T, "b_enc": b_enc, "W_dec": W_dec.T, "b_dec": b_dec}
+        weights = checked(saes[layer], PAPER_WEIGHTS)
         # Rows are normalised in its forward pass, too, so nothing but rows below 1e-12 changes
-        fold(weights, (weights["W_dec"].norm(dim=1) / 1e-12).clamp(max=1))
+        norm = weights["W_dec"].norm(dim=1)
+        scale_features(weights, (norm / 1e-12).clamp(max=1))
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
 
 
@@ -819,21 +871,74 @@ def print_table(results):
 
 
 def plot(folders, path):
-    """Draw the Pareto curves of runs: CE increase against L0, and against alive elements."""
+    """Draw runs: CE increase against L0, a line per loss and seed, at the dictionary size that most
+    of them have. If sizes differ, also CE increase at one L0 against the number of elements."""
     import matplotlib.pyplot as plt
 
-    runs = [read_json(f"{run}/config.json") | read_json(f"{run}/eval.json") for run in folders]
-    _, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for key, ax in zip(("l0", "alive"), axes):
-        for loss in sorted({run["loss"] for run in runs}):
-            points = sorted((run[key], run["ce_increase"]) for run in runs if run["loss"] == loss)
-            x, y = zip(*points)
-            ax.plot(x, y, "o-", label=loss)
-        ax.set(xlabel=key, ylabel="CE increase (nats per token)")
-        ax.legend()
+    lines = {}  # (n_features, loss, seed): the runs with different λ
+    for folder in folders:
+        run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
+        key = (run["n_features"], run["loss"], run["seed"])
+        points = lines.setdefault(key, [])
+        points.append((run["l0"], run["ce_increase"]))
+    runs_of = dict.fromkeys([key[0] for key in lines], 0)  # by size
+    for (n_features, _, _), points in lines.items():
+        points.sort()
+        runs_of[n_features] += len(points)
+    usual = max(runs_of, key=runs_of.get)
+
+    n_panels = 1 if len(runs_of) == 1 else 2
+    size = (5 * n_panels, 4.4)
+    figure, axes = plt.subplots(1, n_panels, figsize=size, layout="constrained")
+    panels = np.atleast_1d(axes)
+    curves = {}  # of the left panel, (loss, seed): points
+    for (n_features, loss, seed), points in lines.items():
+        if n_features == usual:
+            curves[loss, seed] = points
+    draw(panels[0], curves, "active features per token (L0)", f"{usual:,} dictionary elements")
+    if n_panels == 2:
+        l0, curves = at_equal_l0(lines)
+        draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}")
+        panels[1].set_xscale("log", base=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     with writing(path) as file:
-        plt.savefig(file, bbox_inches="tight")
+        plt.savefig(file, dpi=150)
     print(f"{len(folders)} runs drawn in {path}")
+
+
+def draw(panel, curves, x_label, title):
+    """One panel of the figure, {(loss, seed): points}: a colour per loss, a marker per seed."""
+    colors = {"local": "tab:blue", "e2e": "tab:orange", "e2e_ds": "tab:green", "finish": "tab:red"}
+    markers = "os^D"
+    for (loss, seed), points in sorted(curves.items()):
+        x, y = zip(*points)
+        panel.plot(x, y, color=colors[loss], marker=markers[seed % 4], markersize=5,
+                   label=f"{loss}, seed {seed}")
+    panel.set(xscale="log", yscale="log", xlabel=x_label, title=title)
+    panel.set_ylabel("CE increase (nats per token)")
+
+
+def at_equal_l0(lines):
+    """CE increase at one L0, the middle (in logs) of what all lines share: (L0, {(loss, seed):
+    [(n_features, CE increase), ...]}), interpolated between runs in log L0 and log CE increase. A
+    line that does not reach this L0 is left out, with a word. Prints the table."""
+    lines = {key: points for key, points in lines.items() if len(points) > 1}
+    low = max(points[0][0] for points in lines.values())
+    high = min(points[-1][0] for points in lines.values())
+    l0 = math.sqrt(low * high)
+    print(f"CE increase at L0 {l0:.1f}, in nats per token")
+    curves = {}
+    for (n_features, loss, seed), points in sorted(lines.items()):
+        x, y = np.log(points).T
+        if points[0][0] <= l0 <= points[-1][0]:
+            ce_increase = math.exp(np.interp(math.log(l0), x, y))
+            curve = curves.setdefault((loss, seed), [])
+            curve.append((n_features, ce_increase))
+            print(f"{n_features:6,} elements  {loss:8} seed {seed}: {ce_increase:.3f}")
+        else:
+            print(f"{n_features:6,} elements  {loss:8} seed {seed}: does not reach this L0")
+    return l0, curves
 
 
 @torch.no_grad()
@@ -841,7 +946,8 @@ def firing_counts(gpt, sae, tokens, layer):
     """At how many of the tokens (sequence, pos) each feature is active: (n_features,)."""
     counts = 0
     for batch in tokens.split(4):
-        counts += (sae.encode(entering(gpt, batch, layer)) > 0).sum((0, 1))
+        features = sae.encode(entering(gpt, batch, layer))
+        counts += (features > 0).sum((0, 1))
     return counts
 
 
@@ -853,15 +959,16 @@ def effects(gpt, sae, tokens, layer):
     one pass forward and back gives the effects of all features."""
     effect = 0
     for batch in tokens.split(4):
-        x = entering(gpt, batch, layer)
         with torch.no_grad():
+            x = entering(gpt, batch, layer)
             features = sae.encode(x)
-            h_clean = gpt.ln_f(run_blocks(gpt, x, layer)[-1]).flatten(0, 1)
+            clean = run_blocks(gpt, x, layer)[-1]
+            h_clean = gpt.ln_f(clean).flatten(0, 1)
         features.requires_grad_()
         spliced = run_blocks(gpt, sae.decode(features), layer)[-1]
         h_spliced = gpt.ln_f(spliced).flatten(0, 1)
-        kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight) * len(h_clean)  # a sum over tokens
-        (gradient,) = torch.autograd.grad(kl, features)
+        kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight)
+        (gradient,) = torch.autograd.grad(kl * batch.numel(), features)
         effect -= (features.detach() * gradient).sum((0, 1))
     return effect
 
@@ -876,16 +983,20 @@ def remove(gpt, sae, tokens, layer, feature, pos):
     with_feature = gpt.unembed(last[rows, pos]).softmax(-1)
     features[rows, pos, feature] = 0
     last = run_blocks(gpt, sae.decode(features), layer)[-1]
-    return with_feature, gpt.unembed(last[rows, pos]).softmax(-1)
+    without = gpt.unembed(last[rows, pos]).softmax(-1)
+    return with_feature, without
 
 
 def nearest(a, b, skip=0):
     """For each row of a: its highest cosine similarity with a row of b, and which row of b that is.
     Both hold unit rows (element, d_model). skip=1 takes the second highest, for b = a."""
-    best = [(part @ b.T).topk(skip + 1) for part in a.split(1024)]
-    cosines = torch.cat([top.values[:, skip] for top in best])
-    rows = torch.cat([top.indices[:, skip] for top in best])
-    return cosines, rows
+    cosines = []
+    rows = []
+    for part in a.split(1024):
+        best = (part @ b.T).topk(skip + 1)
+        cosines.append(best.values[:, skip])
+        rows.append(best.indices[:, skip])
+    return torch.cat(cosines), torch.cat(rows)
 
 
 @torch.no_grad()
@@ -893,7 +1004,8 @@ def compare(opened):
     """Print how alike dictionaries are, pair by pair. opened: {name: (gpt, sae, tokens, layer)}."""
     alive = {}  # of each SAE: the indices of its alive elements, and these elements
     for name, (gpt, sae, tokens, layer) in opened.items():
-        index = firing_counts(gpt, sae, tokens, layer).nonzero()[:, 0]
+        counts = firing_counts(gpt, sae, tokens, layer)
+        index = counts.nonzero()[:, 0]
         ensure(len(index) > 1, f"{name}: fewer than two features are active on the held-out text")
         alive[name] = (index, sae.dictionary[index])
     widths = {elements.shape[1] for _, elements in alive.values()}
@@ -901,110 +1013,146 @@ def compare(opened):
 
     torch.manual_seed(2**31)  # for the random directions: no run has this seed
     print(f"{'elements of':<30}{'nearest among those of':<30}{'cosine':>8}{'chance':>8}{'same':>8}")
-    for one, other in combinations_with_replacement(alive, 2):
+    names = list(alive)
+    for i, one in enumerate(names):
         index, elements = alive[one]
-        other_index, other_elements = alive[other]
-        cosine, rows = nearest(elements, other_elements, skip=int(one == other))
-        chance, _ = nearest(elements, F.normalize(torch.randn_like(other_elements)))
-        same = (other_index[rows] == index).float().mean()
-        print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}"
-              f"{same:8.1%}")
+        for other in names[i:]:
+            other_index, other_elements = alive[other]
+            itself = 1 if other == one else 0  # its own nearest, which does not count
+            cosine, rows = nearest(elements, other_elements, skip=itself)
+            random = F.normalize(torch.randn_like(other_elements))
+            chance, _ = nearest(elements, random)
+            same = (other_index[rows] == index).float()
+            print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}"
+                  f"{same.mean():8.1%}")
     print("""cosine: the highest cosine similarity of an alive element, averaged. chance: the same
 with as many random directions. same: nearest elements with the same index. Where that is high, the
 dictionaries are alike because they began alike: compare runs of different --seed.""")
 
 
-# ---- A page of features --------------------------------------------------------------------------
-
-STYLE = """body { font: 15px/1.4 system-ui; max-width: 62em; margin: 1em auto; padding: 0 1em }
-h2 { font-size: 1.1em; margin: 0; border-top: 1px solid #bbb; padding-top: .5em }
-pre { font: 13px/1.35 monospace; white-space: pre-wrap; background: #f6f6f6; margin: .4em 0 0 }
-i { background: rgba(255, 140, 0, var(--t)); font-style: normal } b { outline: 1px solid }
-code { background: #e4ecf7; white-space: pre-wrap } td { padding-right: 1.5em }"""
-
+# ---- A page of features: what it shows, then how it looks ----------------------------------------
 
 def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
     """A page of HTML on the features `ids`, or else on the 100 with the largest effect on `tokens`
     (sequence, pos)."""
     counts = firing_counts(gpt, sae, tokens, layer)
-    effect = effects(gpt, sae, tokens, layer)
     ensure(counts.any(), f"{title}: no feature is active on the held-out text")
-    ids = ids or effect.argsort(descending=True)[:100].tolist()
-    ensure(0 <= min(ids) and max(ids) < len(effect), f"--features: IDs are 0 to {len(effect) - 1}")
+    effect = effects(gpt, sae, tokens, layer)
+    if not ids:
+        ids = effect.argsort(descending=True)[:100].tolist()
+    highest = len(effect) - 1
+    ensure(0 <= min(ids) and max(ids) <= highest, f"--features: IDs are 0 to {highest}")
     with torch.no_grad():
+        dictionary = sae.dictionary
         parts = []
         for batch in tokens.split(4):
-            parts.append(sae.encode(entering(gpt, batch, layer))[..., ids])
-        activations = torch.cat(parts).unbind(-1)  # of each feature: (sequence, pos)
-        dictionary = sae.dictionary
+            features = sae.encode(entering(gpt, batch, layer))
+            parts.append(features[..., ids])
+    activations = torch.cat(parts).unbind(-1)  # of each feature: (sequence, pos)
 
     body = []
     for feature, active in zip(ids, activations):
+        similar = dictionary @ dictionary[feature]
+        near = similar.topk(4).indices.tolist()
+        near.remove(feature)
         share = effect[feature] / effect.sum()
-        active_at = counts[feature] / tokens.numel()
-        near = (dictionary @ dictionary[feature]).topk(4).indices.tolist()
-        links = [f'<a href="#{i}">{i}</a>' if i in ids else str(i) for i in near if i != feature]
-        body.append(f"""<h2 id="{feature}">Feature {feature}</h2>
-            {share:.2%} of the effect, active at {active_at:.2%} of the tokens,
-            nearest elements: {", ".join(links)}""")
+        often = counts[feature] / tokens.numel()
+        body.append(heading_html(feature, share, often, near, ids))
         for context in contexts(gpt, sae, tokens, layer, feature, active):
             body.append(context_html(context, tokenizer))
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
-        <title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>
-        <p>{len(ids)} of {len(effect):,} features. The effect of a feature is the KL that its
-        removal would add, to first order. Below each: the contexts in which it is most active, then
-        weaker ones. Orange: how active it is at a token. Boxed: where it is most active; below, the
-        next tokens whose probability changes most if it is removed there, without → with
-        it.</p>{"".join(body)}</html>"""
+    return page_html(title, f"{len(ids)} of {len(effect):,} features.", body)
 
 
 def contexts(gpt, sae, tokens, layer, feature, active):
     """What the page shows of a feature, `active` (sequence, pos): at most seven contexts, the four
     in which it is most active and weaker ones, with the effect of its removal in each."""
     peak, pos = active.max(1)  # of each sequence
-    order = peak.argsort(descending=True)[: peak.count_nonzero()]
-    weaker = order[4 :: len(order) // 3 + 1]  # at most three
+    n_active = peak.count_nonzero()
+    order = peak.argsort(descending=True)[:n_active]
+    step = n_active // 3 + 1
+    weaker = order[4::step]  # at most three
     rows = torch.cat([order[:4], weaker])
     if len(rows) == 0:
         return []
-    with_feature, without = remove(gpt, sae, tokens[rows], layer, feature, pos[rows])
+    both = remove(gpt, sae, tokens[rows], layer, feature, pos[rows])
     result = []
-    for row, p, q in zip(rows.tolist(), with_feature, without):
-        changes = []
-        for token in (p - q).abs().topk(4).indices.tolist():
-            changes.append((token, q[token].item(), p[token].item()))
+    for row, with_feature, without in zip(rows.tolist(), *both):
+        change = (with_feature - without).abs()
+        changes = []  # (token, its probability without the feature, and with it)
+        for token in change.topk(4).indices.tolist():
+            changes.append((token, without[token], with_feature[token]))
         at = pos[row].item()
         first = max(0, at - 24)
         shown = slice(first, at + 9)
-        result.append({"tokens": tokens[row, shown].tolist(), "at": at - first,
-                       "tints": (active[row, shown] / peak.max()).tolist(),
-                       "activation": peak[row].item(), "changes": changes})
+        tints = active[row, shown] / peak.max()
+        result.append({"tokens": tokens[row, shown].tolist(), "tints": tints.tolist(),
+                       "at": at - first, "activation": peak[row], "changes": changes})
     return result
 
 
+STYLE = """body { font: 15px/1.4 system-ui; max-width: 62em; margin: 1em auto; padding: 0 1em }
+h2 { font-size: 1.1em; margin: 1em 0 0; border-top: 1px solid #bbb; padding-top: .5em }
+pre { font: 13px/1.35 monospace; white-space: pre-wrap; background: #f6f6f6; margin: .6em 0 .2em }
+pre, code { overflow-wrap: anywhere } b { outline: 1px solid }
+i { background: rgba(255, 140, 0, var(--t)); font-style: normal }
+code { background: #e4ecf7; padding: 0 .2em }
+div { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5em, 1fr)) }"""
+LEGEND = """The effect of a feature is the KL that its removal would add, to first order, as a share
+of all features' effects. Below each feature: the contexts in which it is most active, then weaker
+ones. <i style="--t:.7">Orange</i>: how active it is at a token. <b>Boxed</b>: the token where it is
+most active; if it is removed there, the probabilities of the next token change, most for the four
+shown: without → with the feature. White space: <code>·</code> a space, <code>⏎</code> a new line,
+<code>⇥</code> a tab."""
+VISIBLE = {"\n": "⏎", "\t": "⇥"}
+
+
+def page_html(title, summary, body):
+    """The whole page; body: a list of its parts."""
+    title = html.escape(title)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8">
+        <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+        <title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
+        <p>{summary} {LEGEND}</p>{"".join(body)}</html>"""
+
+
+def heading_html(feature, share, often, near, ids):
+    """What stands above a feature's contexts, with links to those of the nearest that are shown."""
+    links = []
+    for i in near:
+        links.append(f'<a href="#{i}">{i}</a>' if i in ids else str(i))
+    return f"""<h2 id="{feature}">Feature {feature}</h2>{share:.2%} of the effect, active at
+        {often:.2%} of the tokens, nearest elements: {", ".join(links)}"""
+
+
 def context_html(context, tokenizer):
-    """One context of the page as HTML."""
+    """One context, and below it the tokens whose probability changes most."""
     words = []
     for token, tint in zip(context["tokens"], context["tints"]):
-        word = token_html(token, tokenizer).replace("\\n", "\\n<br>")
-        words.append(f'<i style="--t:{tint:.2f}">{word}</i>' if tint > 0 else word)
+        word = token_html(token, tokenizer).replace("⏎", "⏎<br>")
+        if tint > 0:
+            word = f'<i style="--t:{tint:.2f}">{word}</i>'
+        words.append(word)
     at = context["at"]
     words[at] = f"<b>{words[at]}</b>"
-    cells = []
+    chips = [f"<span>activation {context['activation']:.2f}</span>"]
     for token, without, with_feature in context["changes"]:
-        word = token_html(token, tokenizer)
-        cells.append(f"<td><code>{word}</code> {without:.2f} → {with_feature:.2f}</td>")
-    return f"""<pre>{"".join(words)}</pre><table><tr><td>activation {context["activation"]:.2f}</td>
-        {"".join(cells)}</tr></table>"""
+        word = token_html(token, tokenizer).replace(" ", "·")
+        chips.append(f"<span><code>{word}</code> {without:.2f} → {with_feature:.2f}</span>")
+    return f"<pre>{''.join(words)}</pre><div>{''.join(chips)}</div>"
 
 
 def token_html(token, tokenizer):
-    """A token as in a Python string literal, so that control characters are visible."""
+    """A token as HTML, what cannot be printed as VISIBLE has it, or as an escape like \\x00."""
     try:
         text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
     except KeyError:  # a row of the unembedding beyond the tokenizer's
         text = f"[{token}]"
-    return html.escape(repr(text)[1:-1])
+    shown = []
+    for char in text:
+        if not char.isprintable():
+            char = VISIBLE.get(char, repr(char)[1:-1])
+        shown.append(char)
+    return html.escape("".join(shown))
 
 
 # ---- The command line ----------------------------------------------------------------------------

@@ -1920,8 +1920,8 @@ def test_removal_by_hand(gpt):
 
 
 # To be adjusted when the page is final: its tags, and how a token is written
-PAGE_TAGS = set("html meta link title style h1 h2 p a pre i b br code table tr td".split())
-PAGE_ATTRIBUTES = set("lang charset rel href id style".split())
+PAGE_TAGS = set("html meta link title style h1 h2 p a pre i b br code div span".split())
+PAGE_ATTRIBUTES = set("lang charset name content rel href id style".split())
 HOSTILE = {  # tokens in the printable alphabet, and their ids
     "<script>alert(1)</script>": 1000,
     "</pre>": 1001,
@@ -1933,12 +1933,13 @@ HOSTILE = {  # tokens in the printable alphabet, and their ids
 
 
 def shown_text(tokens, tokenizer):
-    """Tokens as the page writes them."""
-    words = []
+    """Tokens as the page writes them: signs for white space, escapes for what is not printable."""
+    shown = ""
     for token in tokens.tolist():
-        word = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
-        words.append(repr(word)[1:-1])
-    return "".join(words)
+        for char in tokenizer.decode_bytes([token]).decode(errors="backslashreplace"):
+            escape = char.encode("unicode_escape").decode()
+            shown += char if char.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(char, escape)
+    return shown
 
 
 class Elements(html.parser.HTMLParser):
@@ -2071,6 +2072,25 @@ def test_plot(here, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(capsys, "--plot whole", "matplotlib")
+
+
+def test_plot_at_equal_l0(here, capsys):
+    """Of three sizes, two are compared at the middle of the L0 they share; the third is one run."""
+    points = {"a": (64, 10, 1.0), "b": (64, 40, 0.25), "c": (256, 20, 0.4), "d": (256, 80, 0.1),
+              "e": (512, 30, 0.1)}
+    for name, (n_features, l0, ce_increase) in points.items():
+        Path(name).mkdir()
+        settings = {"loss": "e2e", "seed": 0, "n_features": n_features}
+        Path(name, "config.json").write_text(json.dumps(settings))
+        result = {"l0": l0, "ce_increase": ce_increase}
+        Path(name, "eval.json").write_text(json.dumps(result))
+    assert command("--plot a b c d e") == 0
+    # From 20 to 40, in logs the middle is 28.28; there CE increase times L0 is 10, and 8
+    printed = capsys.readouterr().out
+    assert "at L0 28.3" in printed
+    assert "64 elements  e2e      seed 0: 0.354" in printed
+    assert "256 elements  e2e      seed 0: 0.283" in printed
+    assert "512 elements" not in printed
 
 
 # ---- data/concepts.py ----------------------------------------------------------------------------
