@@ -192,7 +192,8 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 # themselves, the other 68 as U+0100 upward. So a space is written "Ġ".
 PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-ALPHABET = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+ALPHABET = {chr(byte): byte for byte in PRINTABLE}
+ALPHABET |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
 
 def load_tokenizer(name_or_folder):

@@ -43,11 +43,11 @@ def load_tokens(model, split, text=None):
     if text == "openwebtext":
         ensure(model in SIZES or has_gpt2_vocabulary(model),
                f"--text openwebtext is in GPT-2's tokens, and --model {model} has others")
-        return openwebtext.load_tokens(split)
+        folder = openwebtext.prepare()  # which makes train.bin and val.bin
     if text == "stdlib":
         tokens = encode(model, list(stdlib.read_files(split).values()))
     elif (folder / "train.bin").exists() and (folder / "val.bin").exists():
-        with reading(folder / f"{split}.bin"):
+        with reading(folder / f"{split}.bin"):  # fails if the file is empty or its size is odd
             tokens = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
     else:
         tokens = encode_files(model, text)

@@ -89,13 +89,6 @@ def prepare(subsets=1):
     return folder
 
 
-def load_tokens(split):
-    """The token ids of "train" or "val": a 1-D array of uint16, mapped from the file."""
-    path = prepare() / f"{split}.bin"
-    with reading(path):  # mapping fails if the file is empty or its size is odd
-        return np.memmap(path, dtype="<u2", mode="r")
-
-
 def main():
     """Read the command line and make the text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)

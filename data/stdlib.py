@@ -50,12 +50,11 @@ def read_files(split):
 
 
 def load_tokens(tokenizer, split):
-    """Token ids of a split, its files joined by end-of-text: 1-D uint16, uint32 if they need it."""
+    """Token ids of a split, its files joined by end-of-text: a 1-D tensor."""
     tokens = []
     for document in tokenizer.encode_ordinary_batch(list(read_files(split).values())):
         tokens += document + [tokenizer.eot_token]
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    return np.array(tokens[:-1], dtype)
+    return torch.tensor(tokens[:-1])
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
@@ -248,10 +247,9 @@ def make(folder, steps):
     ensure(steps > 0, f"--steps {steps}: must be at least 1")
     write_tokenizer(train_bpe(read_files("train").values(), VOCAB_SIZE), folder)
     tokenizer = load_tokenizer(folder)
-    train = torch.from_numpy(load_tokens(tokenizer, "train")).long()
-    val = torch.from_numpy(load_tokens(tokenizer, "val")).long()
+    train = load_tokens(tokenizer, "train")
     save_model(train_model(train, CONFIG, steps), train, folder)
-    loss = validation_loss(GPT.from_pretrained(folder), val)
+    loss = validation_loss(GPT.from_pretrained(folder), load_tokens(tokenizer, "val"))
     print(f"validation loss {loss:.3f} nats per token")
 
 
