@@ -24,16 +24,17 @@ the SAE so that the model's *output* stays the same. The model is frozen; only t
     --loss local     mse + λ l1                         reconstruct x: the usual SAE
     --loss e2e       kl + λ l1                          preserve the output
     --loss e2e_ds    kl/2 + β downstream_mse + λ l1     preserve the later layers, too
-    --loss finish    (α kl + mse)/2 + λ l1              continue a local run on the output, too
+    --loss finish    (α kl + mse)/2 + λ l1              fine-tune a local SAE on the output, too
 
 `kl` is KL(clean || spliced), the divergence between the two next-token distributions, in nats per
-token. `mse` is the mean squared error of x_hat, `downstream_mse` that of the residual streams
-entering the later blocks, averaged over these blocks. `l1` is the sum of a token's features,
-divided by d_model; it keeps most of them at zero. λ (--sparsity) and β (--downstream) are weights
-that stay fixed during a run: the larger λ, the fewer features are active and the worse the output.
-`finish` starts from a trained SAE (--init) and sets α = mse/kl anew at each step, as a constant
-without gradient, so that both terms have the same value. The halves are the paper's; under Adam
-only the ratio of the weights matters, because Adam divides by the gradient's own scale.
+token. `mse` is the mean squared error of x_hat over tokens and d_model, `downstream_mse` the same
+for the streams entering blocks[layer + 1:], averaged over these blocks. `l1` is the sum of a
+token's features divided by d_model, averaged over tokens; it keeps most features at zero.
+λ (--sparsity) and β (--downstream) are weights that stay fixed during a run: the larger λ, the
+fewer features are active and the worse the output. `finish` (Karvonen 2025, arXiv 2503.17272)
+starts from a trained SAE (--init) and sets α = mse/kl anew at each step, as a constant without
+gradient, so that both terms have the same value. The factors 1/2 are as published; under Adam only
+the ratio of the weights matters, because Adam divides by the gradient's own scale.
 
 On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
 token; CE increase is how much the model's next-token cross-entropy grows, in nats per token, when
@@ -44,8 +45,8 @@ it reads x_hat instead of x):
     e2e        54           0.20                      44 %
     e2e_ds     56           0.21                      71 %
 
-Use e2e if only the model's output counts, e2e_ds to keep its later activations near the clean ones,
-too, and local, then finish, if most of the training has to be cheap.
+Use e2e if only the model's output counts, e2e_ds to keep later activations near the clean ones,
+too. If most of the training has to be cheap, use local, then finish.
 
     python e2e_sae.py --model stdlib --layer 3 --loss e2e      a minute on two CPU cores
     python e2e_sae.py --layer 6 --loss e2e                     GPT-2 small, as in the paper
@@ -88,7 +89,7 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(n_features, d_model))
         self.b_dec = nn.Parameter(torch.empty(d_model))
         self.made_for = {}  # after `load_sae`: its model, layer and context
-        # As in nn.Linear, weights start uniform within 1 / sqrt(number of inputs)
+        # As in nn.Linear, uniform within 1 / sqrt(inputs); the dictionary starts orthogonal
         nn.init.uniform_(self.W_enc, -(d_model**-0.5), d_model**-0.5)
         nn.init.uniform_(self.b_enc, -(d_model**-0.5), d_model**-0.5)
         nn.init.orthogonal_(self.W_dec)
@@ -102,7 +103,7 @@ class SAE(nn.Module):
 
     def encode(self, x):
         """x (..., d_model) -> features (..., n_features), most of them zero."""
-        # Not x @ W_enc + b_enc: under bfloat16 autocast, autograd would store the features twice
+        # Not x @ W_enc + b_enc: under bfloat16 autocast that sum is float32, a second large copy
         return F.relu(F.linear(x, self.W_enc.T, self.b_enc))
 
     def decode(self, features):
@@ -123,19 +124,20 @@ class KLLoss(torch.autograd.Function):
         log_q = (h_spliced @ W.T).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    KL(p || q) is large where q is small on a token that the clean model, p, finds likely. So what
-    GPT-2 finds likely must stay likely.
+    KL(p || q) is large where q is small on a token that p, the clean model, makes likely; so likely
+    tokens must stay likely.
 
-    At one position the gradient at the spliced logits is q - p, hence (q - p) @ W at h_spliced: it
-    is known as soon as p and q are. `forward` takes a chunk of positions at a time, keeps this
-    gradient (pos, d_model), and forgets the chunk's logits. W is frozen and gets none.
+    At one position, the gradient of the KL with respect to the spliced logits is q - p, and so with
+    respect to h_spliced (q - p) @ W: it can be computed as soon as p and q are known. `forward`
+    takes a chunk of positions at a time, keeps this gradient (pos, d_model), and forgets the
+    chunk's logits. W is frozen and gets none.
     """
     @staticmethod
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
         n_pos = len(h_clean)
-        # A chunk is 64 MB of logits in float32, or a sixteenth of the positions if that is more, as
-        # torch.compile unrolls the loop.
+        # A chunk is 64 MB of logits in float32, or a sixteenth of the positions if that is more:
+        # torch.compile unrolls the loop, so it should have few iterations.
         chunk = max(64, 2**24 // len(unembedding) // 64 * 64)
         chunk = max(chunk, n_pos // 16)
         kl = 0.0
@@ -145,7 +147,7 @@ class KLLoss(torch.autograd.Function):
             c = h_clean[part]
             s = h_spliced[part]
             # Logits are (vocab, pos) here: (pos, vocab) is slower where vocab is odd, as 50,257 is.
-            y = (unembedding @ c.T).to(c.dtype)  # float32 again, where autocast made it bfloat16
+            y = (unembedding @ c.T).to(c.dtype)  # back to float32 if autocast made it bfloat16
             y_hat = y + unembedding @ (s - c).T  # the rounding error of y cancels in log_p - log_q
             log_p = y.log_softmax(0)
             log_q = y_hat.log_softmax(0)
@@ -174,25 +176,27 @@ def run_blocks(gpt, x, first, last=None):
 
 @torch.no_grad()
 def entering(gpt, tokens, layer):
-    """The clean residual stream entering a block: tokens (batch, pos) -> (batch, pos, d_model). Its
-    mean over d_model is zero: every reader's LayerNorm would subtract it anyway (see gpt2.py)."""
+    """The clean residual stream entering a block: tokens (batch, pos) -> (batch, pos, d_model).
+    gpt2.py keeps its mean over d_model at zero, which changes no output: each block and ln_f apply
+    LayerNorm first, which subtracts the mean."""
     return run_blocks(gpt, gpt.embed(tokens), 0, layer)[-1]
 
 
 def compute_loss(gpt, sae, tokens, config):
     """One of the four losses on tokens (batch, pos): (loss, its terms before weighting).
 
-    Gradients reach the SAE's parameters only (but for local, through the later blocks): GPT-2's
-    parameters are frozen (gpt2.GPT sets requires_grad to False), and the clean run is a constant.
+    Only the SAE's parameters get gradients; for all losses but local these come back through
+    blocks[layer:]. GPT-2's own are frozen (gpt2.GPT sets requires_grad to False), and the clean run
+    is a constant.
 
-    Cost for GPT-2 small, layer 6, 46,080 features, in million operations of matrix products per
-    token:
+    Cost for GPT-2 small, layer 6, 46,080 features, in million operations per token (products with
+    weights only, a multiply-add counted as two):
 
         the blocks before the SAE                                                     85
         the SAE, five products: encode, decode, and the gradients of the features
             and of both matrices (x needs none)                                      354
         local                                                             85 + 354 = 439
-        the later blocks and the unembedding                                         162
+        blocks[layer:] and the unembedding                                           162
         the other losses run them three times: clean, spliced, and
             backward through spliced                                 439 + 3 * 162 = 925
     """
@@ -215,16 +219,16 @@ def compute_loss(gpt, sae, tokens, config):
     kl = KLLoss.apply(h_spliced, h_clean, gpt.wte.weight)
     terms["kl"] = kl
     if config.loss == "finish":  # Karvonen 2025, arXiv 2503.17272
-        alpha = (mse / kl).detach()  # a constant, with which alpha * kl has the value of mse
+        alpha = (mse / kl).detach()  # a constant that makes alpha * kl equal to mse
         return 0.5 * (alpha * kl + mse) + config.sparsity * l1, terms
 
-    terms["mse"] = mse.detach()  # of the losses below it is no part: it is only logged
+    terms["mse"] = mse.detach()  # not part of the losses below, only logged: needs no gradient
     if config.loss == "e2e":
         return kl + config.sparsity * l1, terms
 
     # e2e_ds: of two SAEs with the same kl, prefer the one that computes the output as the clean run
-    # does. It compares the streams entering the blocks after `layer`. x itself may differ, and what
-    # leaves the last block is left to kl.
+    # does. e2e_ds compares the streams entering the blocks after `layer`. x itself may differ, and
+    # what leaves the last block is left to kl.
     between = zip(spliced[1:-1], clean[1:-1])
     downstream_mse = torch.stack([F.mse_loss(s, c) for s, c in between]).mean()
     terms["downstream_mse"] = downstream_mse
@@ -238,7 +242,7 @@ def evaluate(gpt, sae, tokens, layer):
     """What the model loses if it reads x_hat instead of x, on tokens (sequence, pos): a JSON dict.
 
     ce, ce_spliced       next-token cross-entropy of the clean and the spliced model, in nats (over
-                         all positions but the last, whose next token is not there)
+                         all positions but the last, which has no next token)
     ce_increase          ce_spliced - ce
     ce_ablated           ce with the mean of x, over all tokens, in the place of x
     ce_recovered         1 - ce_increase / (ce_ablated - ce)
@@ -332,7 +336,8 @@ EXECUTION = ("device", "dtype", "compile", "micro_batch", "checkpoint_minutes")
 
 
 def setting(help, default=None):
-    """A field of Config with its line for --help. None: the default depends on other settings."""
+    """A field of Config with its line for --help, which ends with the default in parentheses.
+    None: the default depends on other settings."""
     return field(default=default, metadata={"help": help})
 
 
@@ -343,7 +348,7 @@ class Config:
     model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
     text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder "
                         "with train.bin and val.bin (what the model was trained on)")
-    layer: int = setting("the SAE is where the residual stream enters this block (6; stdlib 3)")
+    layer: int = setting("the block, counted from 0, whose input the SAE replaces (6; stdlib 3)")
     loss: str = setting("local, e2e, e2e_ds or finish (e2e)", "e2e")
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
@@ -386,7 +391,7 @@ class Config:
         self.fill_in(dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
         name = Path(self.model).resolve().name
         self.fill_in(out=f"out/{name}-layer{self.layer}-{self.loss}")
-        self.text = data.text_name(self.model, self.text)
+        self.text = data.text_name(self.model, self.text)  # the model's own, or an absolute path
         check_ranges(self, sizes)
 
     def fill_in(self, **defaults):
@@ -411,8 +416,8 @@ def learning_rate(config, done):
 def train(config, resume=False):
     """Train an SAE with one of the four losses, by the paper's recipe; return the SAE. The folder
     `config.out` gets config.json, log.jsonl, checkpoint.pt, the SAE and eval.json; with `resume`
-    the run there continues. UserError if something does not fit (then nothing is written) or the
-    loss is not finite; SystemExit after a checkpoint on SIGTERM, SIGHUP or Ctrl-C."""
+    the run there continues. UserError if settings, text and model do not match (then nothing is
+    written) or the loss is not finite; SystemExit after a checkpoint on SIGTERM, SIGHUP, Ctrl-C."""
     # Under torchrun each process takes its share of every batch; rank 0 also writes and evaluates
     rank = int(os.getenv("RANK", 0))
     world = int(os.getenv("WORLD_SIZE", 1))
@@ -427,7 +432,7 @@ def train(config, resume=False):
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     text = data.load_tokens(config.model, "train", config.text)
     text = data.windows(text, config.context)  # (sequence, context), cut without overlap
-    eval_tokens = data.held_out(config)  # now, as a text that does not fit must not end a long run
+    eval_tokens = data.held_out(config)  # now, so that an unsuitable text fails before training
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / config.batch_size)
     step, log_size = restore(checkpoint, config, text.size, sae, optimizer)
@@ -511,7 +516,7 @@ def check_choices(config):
 
 
 def check_ranges(config, sizes):
-    """Raise UserError for a setting that is out of range or does not fit machine or model."""
+    """Raise UserError for a setting that is out of range or does not fit the machine or model."""
     lowest = dict(sparsity=0, downstream=0, lr=0, seed=0, checkpoint_minutes=0,
                   n_features=1, n_sequences=1, batch_size=1, micro_batch=1, n_eval=1)
     for name, low in lowest.items():
@@ -556,8 +561,8 @@ def set_up(config, checkpoint=None):
 @contextmanager
 def catch_signals(world):
     """A list to which SIGTERM, Ctrl-C and SIGHUP append their number, so that training can save
-    first. In one process the second has its usual effect; under torchrun, which signals its
-    processes more than once, all are only noted."""
+    first. In a single process, a second signal has its usual effect; torchrun signals its processes
+    more than once, so there every signal is only recorded."""
     numbers = []
     usual = {}
 
@@ -565,14 +570,14 @@ def catch_signals(world):
         for number, handler in usual.items():
             signal.signal(number, handler)
 
-    def note(number, frame):
+    def on_signal(number, frame):
         numbers.append(number)
         if world == 1:
             restore_handlers()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-            usual[number] = signal.signal(number, note)
+            usual[number] = signal.signal(number, on_signal)
     try:
         yield numbers
     finally:
@@ -580,7 +585,7 @@ def catch_signals(world):
 
 
 def agree(signals, world, device):
-    """The number of a signal that one of the processes got, the same in all of them; 0 for none."""
+    """The number of a signal that any process got, agreed on by all; 0 if there was none."""
     number = signals[0] if signals else 0
     if world > 1:
         highest = torch.tensor(number, device=device)
@@ -605,8 +610,8 @@ def describe(config):
 
 
 def report(line, log, last, config, signals):
-    """Append a line to log.jsonl and print it; last: step and time of the line before. A stdout
-    that is gone counts as a signal. UserError, in all processes, if the loss is not finite."""
+    """Append a line to log.jsonl and print it; last: step and time of the line before. A closed
+    stdout is treated like a signal. UserError, in all processes, if the loss is not finite."""
     step = line["step"]
     ensure(math.isfinite(sum(line.values())), f"step {step}: the loss is not finite; start again "
            f"with an --lr below {config.lr} (the last checkpoint is untouched)")
@@ -631,8 +636,8 @@ def report(line, log, last, config, signals):
 
 @contextmanager
 def open_log(out, rank, size):
-    """The run's log, cut to its size at the checkpoint, and a lock on the run's folder. Rank 0's:
-    the other processes write nothing."""
+    """The run's log, cut to its size at the checkpoint, and a lock on the run's folder. Only rank 0
+    has them; the other processes get None."""
     if rank > 0:
         yield None
         return
@@ -655,7 +660,7 @@ def read_checkpoint(out):
     path = f"{out}/checkpoint.pt"
     if not os.path.exists(path):
         return None
-    with reading(path):
+    with reading(path):  # turns errors into a UserError that names the file
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -686,7 +691,7 @@ WEIGHTS = ["W_enc", "b_enc", "W_dec", "b_dec"]
 PAPER_WEIGHTS = ["encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"]
 # Values that switch off an entry of SAELens' cfg.json
 OFF = (None, False, "none", "", [], {})
-# Entries of SAELens' cfg.json, and the values with which SAELens computes the same as SAE
+# Entries of SAELens' cfg.json, and the values for which SAELens computes the same as the class SAE
 COMPUTED = {
     "architecture": ["standard"],
     "activation_fn": ["relu"],
@@ -772,11 +777,12 @@ def checked(tensors, names):
 
 
 def scale_features(weights, scale):
-    """Multiply the features by `scale` (n_features,) and make the rows of W_dec unit vectors. The
-    scale of a row of zeros is 0, so that its feature is never active."""
+    """Multiply the features by `scale` (n_features,) and make the rows of W_dec unit vectors.
+    `scale` must be 0 for a row of zeros: its feature is then never active."""
     weights["W_enc"] *= scale
     weights["b_enc"] *= scale
-    weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)
+    rows = weights["W_dec"]
+    weights["W_dec"] = F.normalize(rows, dim=1, eps=1e-300)  # eps: tiny rows become unit, too
 
 
 def read_saelens(folder):
@@ -785,8 +791,8 @@ def read_saelens(folder):
     with reading(folder / "cfg.json"):
         made_for, centred, subtract_b_dec = read_cfg(cfg)
     if not centred:
-        note(f"{folder}: made for a residual stream with its mean, says its cfg.json (or it is "
-             "from an older version of this file); here the mean is zero")
+        note(f"{folder}: its cfg.json says that it was trained on a residual stream whose mean was "
+             "not removed (or an older version of this file wrote it); here the mean is removed")
     tensors = gpt2.read_safetensors(folder / "sae_weights.safetensors")
     with reading(folder / "sae_weights.safetensors"):
         factor = tensors.pop("scaling_factor", torch.ones(1))
@@ -794,7 +800,8 @@ def read_saelens(folder):
         weights = checked(tensors, WEIGHTS)
         found = weights["W_enc"].shape
         ensure(found == (cfg["d_in"], cfg["d_sae"]),
-               f"W_enc has the shape {tuple(found)}, cfg.json the sizes {cfg['d_in'], cfg['d_sae']}")
+               f"W_enc has the shape {tuple(found)}, but d_in and d_sae are {cfg['d_in']} and "
+               f"{cfg['d_sae']}")
         if subtract_b_dec:  # features are computed from x - b_dec
             weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
         scale_features(weights, weights["W_dec"].norm(dim=1))
@@ -845,7 +852,8 @@ def read_paper(path, layer):
             layer = min(saes)
         ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
         weights = checked(saes[layer], PAPER_WEIGHTS)
-        # Rows are normalised in its forward pass, too, so nothing but rows below 1e-12 changes
+        # The paper's forward pass divides a row by max(norm, 1e-12), so a row shorter than 1e-12
+        # does not become a unit vector there: its feature is scaled down by norm / 1e-12.
         norm = weights["W_dec"].norm(dim=1)
         scale_features(weights, (norm / 1e-12).clamp(max=1))
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
@@ -866,7 +874,7 @@ def print_table(results):
         alive = f"{r['alive']:,} of {r['n_features']:,}"
         print(f"{name[-35:]:<36}{r['l0']:8.1f}{r['ce_increase']:13.4f}{r['kl']:8.4f}{alive:>16}"
               f"{r['explained_variance']:16.3f}")
-    print("L0: active features per token; alive: elements that fire on the held-out text at all;\n"
+    print("L0: active features per token; alive: elements active at least once on held-out text;\n"
           "CE increase, KL: what the model loses by reading x_hat instead of x, in nats per token")
 
 
@@ -887,7 +895,10 @@ def plot(folders, path):
         runs_of[n_features] += len(points)
     usual = max(runs_of, key=runs_of.get)
 
-    n_panels = 1 if len(runs_of) == 1 else 2
+    several = {key: points for key, points in lines.items() if len(points) > 1}  # λ
+    n_panels = 1
+    if len({key[0] for key in several}) > 1:
+        n_panels = 2
     size = (5 * n_panels, 4.4)
     figure, axes = plt.subplots(1, n_panels, figsize=size, layout="constrained")
     panels = np.atleast_1d(axes)
@@ -897,7 +908,7 @@ def plot(folders, path):
             curves[loss, seed] = points
     draw(panels[0], curves, "active features per token (L0)", f"{usual:,} dictionary elements")
     if n_panels == 2:
-        l0, curves = at_equal_l0(lines)
+        l0, curves = at_equal_l0(several)
         draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}")
         panels[1].set_xscale("log", base=2)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -922,8 +933,7 @@ def draw(panel, curves, x_label, title):
 def at_equal_l0(lines):
     """CE increase at one L0, the middle (in logs) of what all lines share: (L0, {(loss, seed):
     [(n_features, CE increase), ...]}), interpolated between runs in log L0 and log CE increase. A
-    line that does not reach this L0 is left out, with a word. Prints the table."""
-    lines = {key: points for key, points in lines.items() if len(points) > 1}
+    line that does not reach this L0 is reported and left out. Prints the table, too."""
     low = max(points[0][0] for points in lines.values())
     high = min(points[-1][0] for points in lines.values())
     l0 = math.sqrt(low * high)
@@ -1001,7 +1011,7 @@ def nearest(a, b, skip=0):
 
 @torch.no_grad()
 def compare(opened):
-    """Print how alike dictionaries are, pair by pair. opened: {name: (gpt, sae, tokens, layer)}."""
+    """Print how similar each pair of dictionaries is; opened: {name: (gpt, sae, tokens, layer)}."""
     alive = {}  # of each SAE: the indices of its alive elements, and these elements
     for name, (gpt, sae, tokens, layer) in opened.items():
         counts = firing_counts(gpt, sae, tokens, layer)
@@ -1026,8 +1036,8 @@ def compare(opened):
             print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}"
                   f"{same.mean():8.1%}")
     print("""cosine: the highest cosine similarity of an alive element, averaged. chance: the same
-with as many random directions. same: nearest elements with the same index. Where that is high, the
-dictionaries are alike because they began alike: compare runs of different --seed.""")
+against equally many random directions. same: nearest elements with the same index. Where that is
+high, dictionaries are similar because they started the same: compare runs of different --seed.""")
 
 
 # ---- A page of features: what it shows, then how it looks ----------------------------------------
@@ -1064,13 +1074,14 @@ def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
 
 
 def contexts(gpt, sae, tokens, layer, feature, active):
-    """What the page shows of a feature, `active` (sequence, pos): at most seven contexts, the four
-    in which it is most active and weaker ones, with the effect of its removal in each."""
+    """What the page shows of a feature whose activations are `active` (sequence, pos): at most
+    seven contexts, the four in which it is most active and three weaker ones, and what its
+    removal changes in each."""
     peak, pos = active.max(1)  # of each sequence
     n_active = peak.count_nonzero()
     order = peak.argsort(descending=True)[:n_active]
-    step = n_active // 3 + 1
-    weaker = order[4::step]  # at most three
+    step = n_active // 3 + 1  # more than a third
+    weaker = order[4::step]  # so at most three
     rows = torch.cat([order[:4], weaker])
     if len(rows) == 0:
         return []
@@ -1116,7 +1127,7 @@ def page_html(title, summary, body):
 
 
 def heading_html(feature, share, often, near, ids):
-    """What stands above a feature's contexts, with links to those of the nearest that are shown."""
+    """A feature's heading; nearest elements that are on the page are linked."""
     links = []
     for i in near:
         links.append(f'<a href="#{i}">{i}</a>' if i in ids else str(i))
@@ -1142,7 +1153,7 @@ def context_html(context, tokenizer):
 
 
 def token_html(token, tokenizer):
-    """A token as HTML, what cannot be printed as VISIBLE has it, or as an escape like \\x00."""
+    """A token as HTML; unprintable characters are replaced as in VISIBLE, or escaped: \\x00."""
     try:
         text = tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
     except KeyError:  # a row of the unembedding beyond the tokenizer's
@@ -1159,7 +1170,7 @@ def token_html(token, tokenizer):
 
 def open_sae(name, given):
     """A trained SAE with its GPT-2, held-out tokens (sequence, pos) and layer, on one device, and
-    its settings. Text and n_eval are those of its run, if it is a run's folder."""
+    its settings. If `name` is a run's folder, text and n_eval default to that run's."""
     settings = {"init": name}
     if os.path.exists(f"{name}/config.json"):
         run = read_json(f"{name}/config.json")
@@ -1171,7 +1182,8 @@ def open_sae(name, given):
 
 
 def evaluate_all(names, given):
-    """Print the measures of SAEs, a row each. What cannot be evaluated is named; UserError then."""
+    """Print the measures of SAEs, a row each. UserError, at the end, for those that cannot be
+    evaluated."""
     results = {}
     failed = []
     for name in names:
@@ -1189,7 +1201,7 @@ def evaluate_all(names, given):
 
 
 def resumed_config(out, given):
-    """The Config of the run in the folder `out`. Only execution settings may be given anew."""
+    """The Config of the run in the folder `out`. Only execution settings may be changed."""
     saved = read_json(f"{out}/config.json") | {"out": out}
     if "text" in given:
         given["text"] = data.text_name(None, given["text"])
@@ -1205,13 +1217,13 @@ def resumed_config(out, given):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with an error of one line."""
+    """argparse with one-line error messages."""
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
 
 def main(arguments=None):
-    """The command line. UserError for what the user can correct."""
+    """The command line. UserError for mistakes that the user can correct."""
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         kind = {"type": f.type}

@@ -1,6 +1,6 @@
-"""GPT-2 in plain PyTorch: the model, its weights, its tokenizer. This file stands alone: copy it.
+"""GPT-2 in plain PyTorch: the model, its weights, its tokenizer. It needs no other file: copy it.
 
-    gpt = GPT.from_pretrained("gpt2")        # fetched once; or a folder that transformers wrote
+    gpt = GPT.from_pretrained("gpt2")        # fetched once; or give a folder saved by transformers
     x = gpt.embed(tokens)                    # (batch, pos, d_model), the residual stream
     for block in gpt.h:
         x = block(x)                         # (batch, pos, d_model): change it as you like
@@ -123,7 +123,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder):
         """Load one of OpenAI's models by name (see SIZES), "stdlib", or a GPT-2 from the folder
         that transformers saved it in. Parameters are float32, on the CPU, and frozen. UserError if
-        the files cannot be had, or hold anything that would change the logits computed here."""
+        the files cannot be obtained, or hold anything that would change the logits."""
         # vocab.json, too, so that later runs need no network
         folder = model_folder(name_or_folder, ["vocab.json", "model.safetensors"])
         config = model_config(name_or_folder)
@@ -149,15 +149,15 @@ class GPT(nn.Module):
             lm_head = state.pop("lm_head.weight", state["wte.weight"])
             ensure(lm_head.equal(state["wte.weight"]),
                    "lm_head.weight differs from wte.weight, which gpt2.py unembeds with")
-            with torch.device("meta"):  # a model without memory: it gets the tensors read above
+            with torch.device("meta"):  # allocates nothing; the tensors read above are assigned
                 gpt = cls(config)
-            gpt.load_state_dict(state, assign=True)  # raises for a missing, odd or misshapen tensor
+            gpt.load_state_dict(state, assign=True)  # raises for a missing or unexpected tensor
         return gpt
 
 
 def model_config(name_or_folder):
-    """A model's GPTConfig. UserError if config.json asks for what is not computed here; entries
-    that transformers' GPT2Config does not know are ignored, as it ignores them."""
+    """A model's GPTConfig. UserError if config.json asks for something this file does not compute.
+    Entries unknown to transformers' GPT2Config are ignored, as they are there."""
     if str(name_or_folder) in SIZES:
         return SIZES[str(name_or_folder)]
     path = model_folder(name_or_folder, []) / "config.json"
@@ -167,7 +167,9 @@ def model_config(name_or_folder):
     config = GPTConfig()
     with reading(path):
         for name, default in vars(config).items():
-            value = raw.get(aliases.get(name), raw.get(name, default))
+            value = raw.get(name, default)
+            if name in aliases:
+                value = raw.get(aliases[name], value)
             ensure(type(value) is type(default) and 0 < value < 1e9, f"{name} is {value!r}")
             setattr(config, name, value)
         ensure(config.n_embd % config.n_head == 0, "n_embd is not a multiple of n_head")
@@ -266,12 +268,13 @@ def read_vocab(folder):
 
 
 def check_added(tokens):
-    """Raise UserError for an added token that is cut out of ordinary text, before GPT-2's words."""
+    """Raise UserError for an added token that is not special: transformers splits it off before it
+    splits text into words, `encode_ordinary` does not."""
     for token in tokens:
         ensure(token["special"], f"the added token {token['content']!r} is not special")
 
 
-# ---- Errors of the user, in one line -------------------------------------------------------------
+# ---- User errors, reported in one line -----------------------------------------------------------
 
 class UserError(ValueError):
     """A mistake that the user can correct. The message is one line: value, rule and remedy."""
@@ -304,7 +307,7 @@ def run_command(main):
         code = 1
     except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if os.getenv("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 has the same error and says it; torchrun then ends this process
+            time.sleep(5)  # rank 0 has the same error and reports it; torchrun then ends this one
         print("error:", " ".join(str(error).split())[:1000], file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
@@ -318,7 +321,7 @@ def run_command(main):
 
 
 def discard_stdout():
-    """Print nowhere from now on: after a BrokenPipeError, as in `... | head`, nobody reads it."""
+    """Discard all further output: after a BrokenPipeError, as in `... | head`, nothing reads it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -353,12 +356,13 @@ def model_folder(name_or_folder, files):
 
 def download(url, path, sha256=None):
     """Fetch `url` to `path` unless it is there; an interrupted transfer continues where it stopped.
-    The file gets its name once its SHA-256 is right: `sha256`, else the one that the hub states. Of
-    several processes one fetches, the others wait. UserError if the file cannot be had."""
+    The file gets its name once its SHA-256 is right: `sha256`, else the one that the hub states. If
+    several processes call this, one fetches and the others wait. UserError if it fails."""
     path = Path(path)
     part = Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = most = 0
+    failures = 0
+    most_bytes = 0  # the most that were there at a failure
     with lock(path.parent):
         while not path.exists():
             part.touch()
@@ -366,8 +370,8 @@ def download(url, path, sha256=None):
                 expected = fetch_rest(url, path, part, sha256)
             except requests.RequestException as error:
                 done = part.stat().st_size
-                failures = 0 if done > most else failures + 1  # new bytes: start counting again
-                most = max(most, done)
+                failures = 0 if done > most_bytes else failures + 1  # new bytes: count anew
+                most_bytes = max(most_bytes, done)
                 ensure(failures < 4, f"cannot fetch {url} ({error}); put the file at {path}, "
                        "or use --model stdlib, which needs no network")
                 time.sleep(2**failures)
@@ -388,13 +392,13 @@ def fetch_rest(url, path, part, sha256):
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     with requests.get(url, headers=headers, stream=True, timeout=(4, 30)) as answer:
         stated_size = None
-        for hop in answer.history + [answer]:  # the hub states both before it redirects
+        for hop in answer.history + [answer]:  # hash and size stand in the answer that redirects
             etag = hop.headers.get("X-Linked-Etag", "").strip('"')
             if re.fullmatch("[0-9a-f]{64}", etag):  # 40 digits are git's SHA-1, of a small file
                 sha256 = sha256 or etag
             stated_size = stated_size or hop.headers.get("X-Linked-Size")
         content_range = answer.headers.get("Content-Range", "")
-        if answer.status_code == 416:  # the file ends at `have`, or before
+        if answer.status_code == 416:  # the file is no longer than `have`
             if content_range == f"bytes */{have}":
                 return sha256
             part.write_bytes(b"")  # `part` is too long: the next attempt starts anew
@@ -407,9 +411,9 @@ def fetch_rest(url, path, part, sha256):
         advice = f"put the file at {path} by hand"
         ensure("html" not in answer.headers.get("Content-Type", ""),
                f"{url} answers with a web page, perhaps a login; {advice}")
-        ensure(sha256, f"{url}: no SHA-256 is known, here or there; {advice}")
+        ensure(sha256, f"{url}: no SHA-256 is known, and the server states none; {advice}")
         ensure(not rest or stated_size in (None, str(size)),
-               f"{url} answers with {size} bytes of {stated_size}; {advice}")
+               f"{url} sends {size} bytes instead of {stated_size}; {advice}")
         chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
         mode = "ab" if answer.status_code == 206 else "wb"  # 200: all of it, Range is ignored
         with open(part, mode) as file:
@@ -419,8 +423,8 @@ def fetch_rest(url, path, part, sha256):
 
 @contextmanager
 def reading(path):
-    """Turn any error in reading and parsing the file at `path`, those of `ensure` too, into a
-    UserError of one line that names the file."""
+    """Turn any error in reading and parsing the file at `path`, including those raised by `ensure`,
+    into a UserError of one line that names the file."""
     try:
         if os.path.isfile(path):
             with open(path, "rb") as file:
@@ -476,7 +480,7 @@ def lock(folder, wait=True):
 
 
 def progress(items, what, total, unit, size=len):
-    """Yield items; every five seconds report what, how far, how fast and how long still."""
+    """Yield items; every five seconds print the progress, the speed and the time left."""
     start = shown = time.time()
     done = 0
     for item in items:

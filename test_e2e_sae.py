@@ -712,7 +712,7 @@ def test_size_that_is_not_the_stated_one(hub, tmp_path, fault):
     part = tmp_path / "file.part"
     part.write_bytes(BODY[:1000])
     hub.faults = [fault]
-    error_of(call_of(fetch, tmp_path / "file"), gpt2.HUB + "/file", "bytes of 1500000")
+    error_of(call_of(fetch, tmp_path / "file"), gpt2.HUB + "/file", "instead of 1500000")
     assert part.read_bytes() == BODY[:1000]
 
 
