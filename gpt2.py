@@ -414,6 +414,7 @@ def fetch_rest(url, path, part, sha256):
         ensure(sha256, f"{url}: no SHA-256 is known, and the server states none; {advice}")
         ensure(not rest or stated_size in (None, str(size)),
                f"{url} sends {size} bytes instead of {stated_size}; {advice}")
+        print(f"fetching {url}, {size:,} bytes", file=sys.stderr)
         chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
         mode = "ab" if answer.status_code == 206 else "wb"  # 200: all of it, Range is ignored
         with open(part, mode) as file:

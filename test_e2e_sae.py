@@ -1269,8 +1269,7 @@ def test_evaluation_by_hand(gpt):
         "l2_ratio_first": ratio[:, 0].mean(),
     }
     found = evaluate(gpt, sae, tokens.numpy().astype(np.uint16), 1)
-    found = json.loads(json.dumps(found))
-    assert found.keys() == expected.keys()
+    assert json.loads(json.dumps(found)).keys() == expected.keys()
     for name, value in expected.items():
         assert np.allclose(found[name], value, rtol=1e-6), name
 
@@ -2076,14 +2075,17 @@ def test_plot(here, capsys, monkeypatch):
 
 def test_plot_at_equal_l0(here, capsys):
     """Of three sizes, two are compared at the middle of the L0 they share; the third is one run."""
-    points = {"a": (64, 10, 1.0), "b": (64, 40, 0.25), "c": (256, 20, 0.4), "d": (256, 80, 0.1),
-              "e": (512, 30, 0.1)}
+    points = {
+        "a": (64, 10, 1.0),
+        "b": (64, 40, 0.25),
+        "c": (256, 20, 0.4),
+        "d": (256, 80, 0.1),
+        "e": (512, 30, 0.1),
+    }
     for name, (n_features, l0, ce_increase) in points.items():
-        Path(name).mkdir()
         settings = {"loss": "e2e", "seed": 0, "n_features": n_features}
-        Path(name, "config.json").write_text(json.dumps(settings))
-        result = {"l0": l0, "ce_increase": ce_increase}
-        Path(name, "eval.json").write_text(json.dumps(result))
+        gpt2.write_json(f"{name}/config.json", settings)
+        gpt2.write_json(f"{name}/eval.json", {"l0": l0, "ce_increase": ce_increase})
     assert command("--plot a b c d e") == 0
     # From 20 to 40, in logs the middle is 28.28; there CE increase times L0 is 10, and 8
     printed = capsys.readouterr().out
