@@ -1558,6 +1558,26 @@ def test_training_in_another_way(here, flags, tolerance):
         assert line == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no GPU")
+@pytest.mark.parametrize("loss", FACTORS)
+@pytest.mark.parametrize("way, tolerance", [
+    ("--dtype float32 --no-compile", 0.02),  # TF32 has ten bits after the point
+    ("--dtype float32 --compile", 0.02),
+    ("--dtype bfloat16 --no-compile", 0.05),
+    ("--dtype bfloat16 --compile", 0.05),
+])
+def test_training_on_a_gpu(here, loss, way, tolerance):
+    """On a GPU a run is the CPU's but for rounding, in both precisions, compiled and not."""
+    line = RUN + f"--loss {loss} "
+    assert command(line + "--out cpu") == 0
+    line += f"--device cuda {way} --out gpu"
+    environment = dict(os.environ)
+    del environment["CUDA_VISIBLE_DEVICES"]  # set above, for this process
+    subprocess.run([sys.executable, HERE / "e2e_sae.py"] + line.split(), env=environment, check=True)
+    for line, expected in zip(log_of("gpu"), log_of("cpu"), strict=True):
+        assert line == pytest.approx(expected, rel=tolerance)
+
+
 @pytest.mark.parametrize("micro_batch", [4, 3, 1])
 def test_recipe(here, micro_batch):
     """Order of the text, warm-up, cosine, clipping and Adam, over more sequences than there are."""
