@@ -910,9 +910,9 @@ def plot(folders, path):
     if n_panels == 2:
         l0, curves = at_equal_l0(several)
         draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}")
-        panels[1].set_xscale("log", base=2)
+        panels[1].set_xticks(sorted(runs_of))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     with writing(path) as file:
         plt.savefig(file, dpi=150)
     print(f"{len(folders)} runs drawn in {path}")
@@ -927,7 +927,11 @@ def draw(panel, curves, x_label, title):
         panel.plot(x, y, color=colors[loss], marker=markers[seed % 4], markersize=5,
                    label=f"{loss}, seed {seed}")
     panel.set(xscale="log", yscale="log", xlabel=x_label, title=title)
-    panel.set_ylabel("CE increase (nats per token)")
+    panel.set_ylabel("CE increase, nats per token")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(subs=(1, 2, 5))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_formatter("")
 
 
 def at_equal_l0(lines):
