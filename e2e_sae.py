@@ -279,7 +279,7 @@ def evaluate(gpt, sae, tokens, layer):
         log_p = gpt.unembed(clean[-1]).log_softmax(-1)  # (batch, pos, vocab)
         log_q = gpt.unembed(spliced[-1]).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (batch, pos)
-        agree = log_p.argmax(-1) == log_q.argmax(-1)
+        same_token = log_p.argmax(-1) == log_q.argmax(-1)
         clean = torch.stack(clean[:-1])  # (layers, batch, pos, d_model)
         spliced = torch.stack(spliced[:-1])
         ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)  # (batch, pos)
@@ -287,7 +287,7 @@ def evaluate(gpt, sae, tokens, layer):
             "ce": F.nll_loss(log_p[:, :-1].mT, batch[:, 1:]),
             "ce_spliced": F.nll_loss(log_q[:, :-1].mT, batch[:, 1:]),
             "kl": kl.mean(),
-            "top1_agreement": agree.float().mean(),
+            "top1_agreement": same_token.float().mean(),
             "l2_ratio": ratio[:, 1:].mean(),
             "l2_ratio_first": ratio[:, 0].mean(),
             "mse": (spliced - clean).pow(2).mean((1, 2, 3)),  # (layers,)
@@ -386,8 +386,8 @@ class Config:
         self.fill_in(sparsity=PAPER_SPARSITY[self.loss], **PAPER)
         self.fill_in(downstream=0.05 if self.layer == 10 else 2.5)
         self.fill_in(micro_batch=self.batch_size)
-        on_cuda = self.device == "cuda" or self.device is None and torch.cuda.is_available()
-        self.fill_in(device="cuda" if on_cuda else "cpu")
+        self.fill_in(device="cuda" if torch.cuda.is_available() else "cpu")
+        on_cuda = self.device == "cuda"
         self.fill_in(dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
         name = Path(self.model).resolve().name
         self.fill_in(out=f"out/{name}-layer{self.layer}-{self.loss}")
@@ -483,7 +483,7 @@ def train(config, resume=False):
             line = {"step": step}
             line |= zip(["loss"] + list(terms), sums.tolist())
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
-            report(line, log, last_log, config, signals)
+            report(line, log, last_log, n_steps, config, signals)
             last_log = (step, time.time())
             stop = agree(signals, world, config.device)
             due = time.time() - last_save >= 60 * config.checkpoint_minutes
@@ -609,7 +609,7 @@ def describe(config):
             f"{config.n_features:,} features -> {config.out}, on {config.device}")
 
 
-def report(line, log, last, config, signals):
+def report(line, log, last, n_steps, config, signals):
     """Append a line to log.jsonl and print it; last: step and time of the line before. A closed
     stdout is treated like a signal. UserError, in all processes, if the loss is not finite."""
     step = line["step"]
@@ -621,14 +621,13 @@ def report(line, log, last, config, signals):
     seconds = (time.time() - last_time) / (step - last_step)  # per step
     speed = config.batch_size * config.context / seconds
     log.write(json.dumps(line | {"tokens_per_second": speed}) + "\n")
-    left = config.n_sequences / config.batch_size - step
     shown = []
     for name, value in line.items():
         if name not in ("step", "lr"):
             shown.append(f"{name} {value:.4g}")
     try:
-        print(f"{step / (step + left):4.0%}", *shown, f"{speed:,.0f} tokens/s",
-              f"{seconds * left:,.0f} s left", sep="  ")
+        print(f"{step / n_steps:4.0%}", *shown, f"{speed:,.0f} tokens/s",
+              f"{seconds * (n_steps - step):,.0f} s left", sep="  ")
     except BrokenPipeError:
         gpt2.discard_stdout()
         signals.append(signal.SIGPIPE)
@@ -1067,8 +1066,7 @@ def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
     body = []
     for feature, active in zip(ids, activations):
         similar = dictionary @ dictionary[feature]
-        near = similar.topk(4).indices.tolist()
-        near.remove(feature)
+        near = [i for i in similar.topk(4).indices.tolist() if i != feature]
         share = effect[feature] / effect.sum()
         often = counts[feature] / tokens.numel()
         body.append(heading_html(feature, share, often, near, ids))

@@ -1956,7 +1956,7 @@ def test_removal_by_hand(gpt):
     torch.testing.assert_close(without, log_without[rows, pos].exp())
 
 
-# To be adjusted when the page is final: its tags, and how a token is written
+# What a page may hold
 PAGE_TAGS = set("html meta link title style h1 h2 p a pre i b br code div span".split())
 PAGE_ATTRIBUTES = set("lang charset name content rel href id style".split())
 HOSTILE = {  # tokens in the printable alphabet, and their ids
@@ -2048,6 +2048,14 @@ def test_features_page_of_given_ids(page_sae):
     """The features asked for are shown, in that order."""
     _, shown = make_page("7 3")
     assert shown == [7, 3]
+
+
+def test_features_page_of_a_dead_element(page_sae):
+    """An element whose row is zero, which is near none, not even itself, has a section, too."""
+    page_sae.W_dec.data[7] = 0
+    e2e_sae.save_sae(page_sae, "a'<b>", "model", 1, 32)
+    _, shown = make_page("7")
+    assert shown == [7]
 
 
 NAMES = {"a": 1, "same": 1, "other": 2}  # of SAEs, and their seeds
