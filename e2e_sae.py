@@ -28,13 +28,13 @@ the SAE so that the model's *output* stays the same. The model is frozen; only t
 
 `kl` is KL(clean || spliced), the divergence between the two next-token distributions, in nats per
 token. `mse` is the mean squared error of x_hat over tokens and d_model, `downstream_mse` the same
-for the streams entering blocks[layer + 1:], averaged over these blocks. `l1` is the sum of a
-token's features divided by d_model, averaged over tokens; it keeps most features at zero.
+for what blocks[layer + 1:] read (not for what the last one writes), averaged over them. `l1` is the
+sum of a token's features divided by d_model, averaged over tokens; it keeps most features at zero.
 λ (--sparsity) and β (--downstream) are weights that stay fixed during a run: the larger λ, the
 fewer features are active and the worse the output. `finish` (Karvonen 2025, arXiv 2503.17272)
 starts from a trained SAE (--init) and sets α = mse/kl anew at each step, as a constant without
-gradient, so that both terms have the same value. The factors 1/2 are as published; under Adam only
-the ratio of the weights matters, because Adam divides by the gradient's own scale.
+gradient, so that both terms have the same value. The factors 1/2 are as published; only the ratio
+of the weights matters, because Adam divides by the gradient's scale, except where it is clipped.
 
 On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
 token; CE increase is how much the model's next-token cross-entropy grows, in nats per token, when
@@ -89,7 +89,7 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(n_features, d_model))
         self.b_dec = nn.Parameter(torch.empty(d_model))
         self.made_for = {}  # after `load_sae`: its model, layer and context
-        # As in nn.Linear, uniform within 1 / sqrt(inputs); the dictionary starts orthogonal
+        # As in nn.Linear, uniform within 1 / sqrt(inputs); W_dec has orthonormal columns at first
         nn.init.uniform_(self.W_enc, -(d_model**-0.5), d_model**-0.5)
         nn.init.uniform_(self.b_enc, -(d_model**-0.5), d_model**-0.5)
         nn.init.orthogonal_(self.W_dec)
@@ -99,7 +99,7 @@ class SAE(nn.Module):
     def dictionary(self):
         """The dictionary elements, unit rows (n_features, d_model)."""
         norm = self.W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return self.W_dec * (1 / norm)  # F.normalize would keep two more copies of W_dec
+        return self.W_dec * (1 / norm)  # F.normalize keeps two more copies for backward
 
     def encode(self, x):
         """x (..., d_model) -> features (..., n_features), most of them zero."""
@@ -124,8 +124,7 @@ class KLLoss(torch.autograd.Function):
         log_q = (h_spliced @ W.T).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
-    KL(p || q) is large where q is small on a token that p, the clean model, makes likely; so likely
-    tokens must stay likely.
+    It is large where the spliced model makes a token unlikely that the clean model makes likely.
 
     At one position, the gradient of the KL with respect to the spliced logits is q - p, and so with
     respect to h_spliced (q - p) @ W: it can be computed as soon as p and q are known. `forward`
@@ -136,8 +135,8 @@ class KLLoss(torch.autograd.Function):
     def forward(ctx, h_spliced, h_clean, unembedding):
         """h_spliced, h_clean (pos, d_model), after ln_f; unembedding W (vocab, d_model) -> kl."""
         n_pos = len(h_clean)
-        # A chunk is 64 MB of logits in float32, or a sixteenth of the positions if that is more:
-        # torch.compile unrolls the loop, so it should have few iterations.
+        # A chunk is 64 MB of float32 logits, in multiples of 64 positions, or a sixteenth of the
+        # positions if that is more: torch.compile unrolls the loop, so it should be short.
         chunk = max(64, 2**24 // len(unembedding) // 64 * 64)
         chunk = max(chunk, n_pos // 16)
         kl = 0.0
@@ -146,9 +145,10 @@ class KLLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             c = h_clean[part]
             s = h_spliced[part]
-            # Logits are (vocab, pos) here: (pos, vocab) is slower where vocab is odd, as 50,257 is.
+            # Logits are (vocab, pos) here: rows of an odd length, as 50,257 is, are slower. Not
+            # y_hat = unembedding @ s.T: this way both have y's rounding error, and it cancels.
             y = (unembedding @ c.T).to(c.dtype)  # back to float32 if autocast made it bfloat16
-            y_hat = y + unembedding @ (s - c).T  # the rounding error of y cancels in log_p - log_q
+            y_hat = y + unembedding @ (s - c).T
             log_p = y.log_softmax(0)
             log_q = y_hat.log_softmax(0)
             p = log_p.exp()
@@ -183,7 +183,7 @@ def entering(gpt, tokens, layer):
 
 
 def compute_loss(gpt, sae, tokens, config):
-    """One of the four losses on tokens (batch, pos): (loss, its terms before weighting).
+    """One of the four losses on tokens (batch, pos): (loss, {"l0" and the terms before weighting}).
 
     Only the SAE's parameters get gradients; for all losses but local these come back through
     blocks[layer:]. GPT-2's own are frozen (gpt2.GPT sets requires_grad to False), and the clean run
@@ -222,7 +222,7 @@ def compute_loss(gpt, sae, tokens, config):
         alpha = (mse / kl).detach()  # a constant that makes alpha * kl equal to mse
         return 0.5 * (alpha * kl + mse) + config.sparsity * l1, terms
 
-    terms["mse"] = mse.detach()  # not part of the losses below, only logged: needs no gradient
+    terms["mse"] = mse.detach()  # only logged below; torch.compile would prepare its gradient
     if config.loss == "e2e":
         return kl + config.sparsity * l1, terms
 
@@ -252,7 +252,7 @@ def evaluate(gpt, sae, tokens, layer):
     alive, n_features    dictionary elements that are active at least once on `tokens`; all elements
     mse                  mean over tokens and d_model of (x_hat - x)^2
     explained_variance   1 - mse / mean over tokens and d_model of (x - mean of x over tokens)^2
-    ..._by_layer         these two for the streams entering `layer` and each later block
+    ..._by_layer         mse and explained_variance for the streams entering blocks[layer:]
     l2_ratio             mean of |x_hat| / |x| over all positions but the first
     l2_ratio_first       and at the first, where GPT-2's x is many times longer
     tokens               how many tokens
@@ -298,8 +298,8 @@ def evaluate(gpt, sae, tokens, layer):
             value = np.array(value.tolist())  # float64, off the device
             totals[name] = totals.get(name, 0) + share * value
 
-    # Ablation puts the mean of x at every position. Attention over equal values returns that value,
-    # so the model then predicts the same at every position, and a run over one token is enough.
+    # Ablation puts the mean of x at every position. Attention over equal values returns that value
+    # and positions are known only from x: all predictions are the same, a run over one is enough.
     last = run_blocks(gpt, mean[0], layer)[-1]  # (1, 1, d_model)
     log_m = gpt.unembed(last).log_softmax(-1).flatten()  # (vocab,)
     ce = totals["ce"]
@@ -325,7 +325,7 @@ def evaluate(gpt, sae, tokens, layer):
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-# Defaults: the paper's, for GPT-2; and some for the small model in data/stdlib/ and two CPU cores
+# Defaults: the paper's, for GPT-2, and others for the small model in data/stdlib/ on two CPU cores
 PAPER = dict(layer=6, n_sequences=400_000, context=1024, batch_size=16, lr=5e-4)
 STDLIB = dict(layer=3, n_sequences=3_200, context=128, batch_size=4, lr=5e-3)
 PAPER_SPARSITY = dict(local=6.0, e2e=1.5, e2e_ds=10.0, finish=6.0)
@@ -336,8 +336,7 @@ EXECUTION = ("device", "dtype", "compile", "micro_batch", "checkpoint_minutes")
 
 
 def setting(help, default=None):
-    """A field of Config with its line for --help, which ends with the default in parentheses.
-    None: the default depends on other settings."""
+    """A field of Config, with its line for --help, which ends with the default in parentheses."""
     return field(default=default, metadata={"help": help})
 
 
@@ -353,7 +352,7 @@ class Config:
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
     sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY})")
-    downstream: float = setting("β, the weight of downstream_mse (2.5; at layer 10: 0.05)")
+    downstream: float = setting("β, the weight of downstream_mse (2.5; gpt2's layer 10: 0.05)")
     n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
     n_sequences: int = setting("sequences to train on, in whole batches (400,000; stdlib 3,200)")
     context: int = setting("tokens per sequence (1024; stdlib 128)")
@@ -384,7 +383,9 @@ class Config:
             self.fill_in(context=min(1024, sizes.n_positions))
         self.fill_in(n_features=60 * sizes.n_embd)
         self.fill_in(sparsity=PAPER_SPARSITY[self.loss], **PAPER)
-        self.fill_in(downstream=0.05 if self.layer == 10 else 2.5)
+        if self.model == "gpt2" and self.layer == 10:  # as in the paper
+            self.fill_in(downstream=0.05)
+        self.fill_in(downstream=2.5)
         self.fill_in(micro_batch=self.batch_size)
         self.fill_in(device="cuda" if torch.cuda.is_available() else "cpu")
         on_cuda = self.device == "cuda"
@@ -409,8 +410,8 @@ def learning_rate(config, done):
     warmup = config.n_sequences / 20
     if done < warmup:
         return config.lr * done / warmup
-    progress = (done - warmup) / (config.n_sequences - warmup)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+    fraction = (done - warmup) / (config.n_sequences - warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * fraction))
 
 
 def train(config, resume=False):
@@ -432,7 +433,7 @@ def train(config, resume=False):
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr, fused=True)
     text = data.load_tokens(config.model, "train", config.text)
     text = data.windows(text, config.context)  # (sequence, context), cut without overlap
-    eval_tokens = data.held_out(config)  # now, so that an unsuitable text fails before training
+    eval_tokens = data.held_out(config)  # already now, so that an unfit text fails at the start
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / config.batch_size)
     step, log_size = restore(checkpoint, config, text.size, sae, optimizer)
@@ -477,11 +478,11 @@ def train(config, resume=False):
 
             # Every tenth step, and at a signal: log, save if due, stop if asked to. Several
             # processes must do this after the same step, so a signal has to wait for the tenth.
-            log_now = step % 10 == 0 or step in (1, n_steps)
-            if not log_now and (world > 1 or not signals):
+            log_now = step % 10 == 0 or step in (1, n_steps) or (signals and world == 1)
+            if not log_now:
                 continue
             line = {"step": step}
-            line |= zip(["loss"] + list(terms), sums.tolist())
+            line |= dict(zip(["loss"] + list(terms), sums.tolist()))
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
             report(line, log, last_log, n_steps, config, signals)
             last_log = (step, time.time())
@@ -678,7 +679,9 @@ def restore(checkpoint, config, n_tokens, sae, optimizer):
 def save_results(gpt, sae, tokens, config):
     """Write the SAE and eval.json, the measures of the SAE as it was written."""
     save_sae(sae, config.out, config.model, config.layer, config.context)
-    saved = load_sae(config.out).to(config.device)  # as --evaluate will, to give the same figures
+    # As --evaluate does, to give the same figures: the SAE from its file, and no TF32
+    saved = load_sae(config.out).to(config.device)
+    torch.set_float32_matmul_precision("highest")
     write_json(f"{config.out}/eval.json", evaluate(gpt, saved, tokens, config.layer))
 
 
@@ -688,7 +691,7 @@ APOLLO = "apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f2093
 WEIGHTS = ["W_enc", "b_enc", "W_dec", "b_dec"]
 # Their names in a file of the paper's library, after "blocks-6-hook_resid_pre."
 PAPER_WEIGHTS = ["encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias"]
-# Values that switch off an entry of SAELens' cfg.json
+# An entry of SAELens' cfg.json that is not known here is harmless if it has one of these values
 OFF = (None, False, "none", "", [], {})
 # Entries of SAELens' cfg.json, and the values for which SAELens computes the same as the class SAE
 COMPUTED = {
@@ -752,7 +755,7 @@ def load_sae(path_or_name, layer=None):
         sae = SAE(*weights["W_enc"].shape)
     with reading(path):
         for name, weight in weights.items():
-            weight = gpt2.finite_float32(name, weight)  # scaling may have made it infinite
+            weight = gpt2.finite_float32(name, weight)  # scale_features may have made it infinite
             weights[name] = weight.contiguous()
         sae.load_state_dict(weights, assign=True)
     sae.made_for = made_for
@@ -766,22 +769,20 @@ def checked(tensors, names):
     ensure(tensors.keys() == set(names), f"its tensors are {sorted(tensors)} instead of {names}")
     n_features, d_model = tensors[names[2]].shape
     shapes = [(d_model, n_features), (n_features,), (n_features, d_model), (d_model,)]
-    weights = []
-    for name, shape in zip(names, shapes):
+    weights = {}
+    for ours, name, shape in zip(WEIGHTS, names, shapes):
         tensor = tensors[name]
         ensure(tensor.shape == shape and 0 not in shape,
                f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
-        weights.append(gpt2.finite_float32(name, tensor).double())
-    return dict(zip(WEIGHTS, weights))
+        weights[ours] = gpt2.finite_float32(name, tensor).double()
+    return weights
 
 
 def scale_features(weights, scale):
-    """Multiply the features by `scale` (n_features,) and make the rows of W_dec unit vectors.
-    `scale` must be 0 for a row of zeros: its feature is then never active."""
+    """Multiply the features by `scale` (n_features,), each at least 0: scale * relu(z) is
+    relu(scale * z). With 0 for a row of zeros in W_dec, its feature is never active."""
     weights["W_enc"] *= scale
     weights["b_enc"] *= scale
-    rows = weights["W_dec"]
-    weights["W_dec"] = F.normalize(rows, dim=1, eps=1e-300)  # eps: tiny rows become unit, too
 
 
 def read_saelens(folder):
@@ -803,7 +804,9 @@ def read_saelens(folder):
                f"{cfg['d_sae']}")
         if subtract_b_dec:  # features are computed from x - b_dec
             weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
+        # In SAELens rows may have any length. Move it into the features: x_hat stays the same.
         scale_features(weights, weights["W_dec"].norm(dim=1))
+        weights["W_dec"] = F.normalize(weights["W_dec"], dim=1)
     return weights, made_for
 
 
@@ -819,6 +822,7 @@ def read_cfg(cfg):
         for name in cfg.keys() - known - COMPUTED.keys():
             ensure(cfg[name] in OFF, f"{name} is {cfg[name]!r}")
     subtract_b_dec = cfg.get("apply_b_dec_to_input", True)
+    # If metadata states it, too, it must be the same
     gpt2.check_entries(metadata, {"apply_b_dec_to_input": [subtract_b_dec]})
     ensure(subtract_b_dec in (True, False), f"apply_b_dec_to_input is {subtract_b_dec!r}")
 
@@ -832,7 +836,7 @@ def read_cfg(cfg):
     made_for = {"model": model, "layer": int(match[1]), "context": metadata["context_size"]}
     kwargs = metadata.get("model_from_pretrained_kwargs") or {}
     ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
-    centred = kwargs.get("center_writing_weights", flat)  # in 2024 it was the default
+    centred = kwargs.get("center_writing_weights", flat)  # in the layout of 2024 it was the default
     return made_for, centred, subtract_b_dec
 
 
@@ -846,15 +850,13 @@ def read_paper(path, layer):
             match = re.fullmatch(r"blocks-([0-9]+)-hook_resid_pre\.(.+)", key)
             ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
             sae = saes.setdefault(int(match[1]), {})
-            sae[match[2]] = tensor.t()  # its matrices are the transposes of ours
+            sae[match[2]] = tensor.t()  # of our matrices; a vector stays as it is
         if layer is None and len(saes) == 1:
             layer = min(saes)
         ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
         weights = checked(saes[layer], PAPER_WEIGHTS)
-        # The paper's forward pass divides a row by max(norm, 1e-12), so a row shorter than 1e-12
-        # does not become a unit vector there: its feature is scaled down by norm / 1e-12.
-        norm = weights["W_dec"].norm(dim=1)
-        scale_features(weights, (norm / 1e-12).clamp(max=1))
+        # The paper's forward pass normalises rows as SAE.dictionary does. Silence rows of zeros.
+        scale_features(weights, weights["W_dec"].any(dim=1))
     return weights, {"model": "gpt2", "layer": layer, "context": 1024}
 
 
@@ -883,33 +885,32 @@ def plot(folders, path):
     import matplotlib.pyplot as plt
 
     lines = {}  # (n_features, loss, seed): the runs with different λ
+    sizes = {}  # n_features: how many runs
     for folder in folders:
         run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
+        ensure(run["l0"] > 0 and run["ce_increase"] > 0,
+               f"{folder}: L0 and CE increase must be above 0 for axes with logarithmic scales")
         key = (run["n_features"], run["loss"], run["seed"])
         points = lines.setdefault(key, [])
         points.append((run["l0"], run["ce_increase"]))
-    runs_of = dict.fromkeys([key[0] for key in lines], 0)  # by size
-    for (n_features, _, _), points in lines.items():
+        sizes[run["n_features"]] = sizes.get(run["n_features"], 0) + 1
+    for points in lines.values():
         points.sort()
-        runs_of[n_features] += len(points)
-    usual = max(runs_of, key=runs_of.get)
+    usual = max(sizes, key=sizes.get)
 
-    several = {key: points for key, points in lines.items() if len(points) > 1}  # λ
+    several = {key: points for key, points in lines.items() if len(points) > 1}  # with several λ
     n_panels = 1
     if len({key[0] for key in several}) > 1:
         n_panels = 2
     size = (5 * n_panels, 4.4)
     figure, axes = plt.subplots(1, n_panels, figsize=size, layout="constrained")
     panels = np.atleast_1d(axes)
-    curves = {}  # of the left panel, (loss, seed): points
-    for (n_features, loss, seed), points in lines.items():
-        if n_features == usual:
-            curves[loss, seed] = points
+    curves = {key[1:]: points for key, points in lines.items() if key[0] == usual}
     draw(panels[0], curves, "active features per token (L0)", f"{usual:,} dictionary elements")
     if n_panels == 2:
         l0, curves = at_equal_l0(several)
         draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}")
-        panels[1].set_xticks(sorted(runs_of))
+        panels[1].set_xticks(sorted(sizes))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     with writing(path) as file:
@@ -1024,7 +1025,7 @@ def compare(opened):
     widths = {elements.shape[1] for _, elements in alive.values()}
     ensure(len(widths) == 1, f"--compare: the SAEs have different d_model: {sorted(widths)}")
 
-    torch.manual_seed(2**31)  # for the random directions: no run has this seed
+    torch.manual_seed(2**31)  # higher than any run's, whose start would be drawn again
     print(f"{'elements of':<30}{'nearest among those of':<30}{'cosine':>8}{'chance':>8}{'same':>8}")
     names = list(alive)
     for i, one in enumerate(names):
@@ -1239,7 +1240,7 @@ def main(arguments=None):
     action.add_argument("--compare", metavar="SAE", nargs="+", help="show how alike SAEs are")
     action.add_argument("--features", metavar=("SAE", "ID"), nargs="+",
                         help="make a page of the features that matter most, or of those given")
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_args(arguments))  # only the flags that were given
     for name in ("evaluate", "plot", "compare", "features"):
         ensure(name not in given or os.getenv("WORLD_SIZE", "1") == "1",
                f"--{name} is for one process: run it without torchrun")
@@ -1258,9 +1259,10 @@ def main(arguments=None):
         *opened, config = open_sae(name, given)
         tokenizer = gpt2.load_tokenizer(config.model)
         page = features_page(*opened, tokenizer, name, [int(i) for i in ids])
-        with writing(f"{name}/features.html") as file:
+        path = f"{name}/features.html" if os.path.isdir(name) else f"{name}.html"
+        with writing(path) as file:
             file.write(page.encode())
-        print(f"{name}/features.html: open it in a browser")
+        print(f"{path}: open it in a browser")
     else:
         resume = given.pop("resume", None)
         config = resumed_config(resume, given) if resume else Config(**given)

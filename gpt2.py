@@ -124,7 +124,7 @@ class GPT(nn.Module):
         """Load one of OpenAI's models by name (see SIZES), "stdlib", or a GPT-2 from the folder
         that transformers saved it in. Parameters are float32, on the CPU, and frozen. UserError if
         the files cannot be obtained, or hold anything that would change the logits."""
-        # vocab.json, too, so that later runs need no network
+        # The tokenizer's vocab.json, too, so that later runs need no network
         folder = model_folder(name_or_folder, ["vocab.json", "model.safetensors"])
         config = model_config(name_or_folder)
         path = folder / "model.safetensors"
@@ -204,7 +204,7 @@ def load_tokenizer(name_or_folder):
     folder = model_folder(name_or_folder, ["vocab.json"])
     path, vocab, merges = read_vocab(folder)
     with reading(path):
-        if merges is None:
+        if merges is None:  # vocab.json alone, as OpenAI's models have it here
             special = {END_OF_TEXT} & vocab.keys()
         else:
             # tiktoken merges in the order of the ids, transformers in the order of its list.
@@ -218,7 +218,7 @@ def load_tokenizer(name_or_folder):
                 merged.append(left + right)
             by_id = sorted(vocab.keys() & set(merged), key=vocab.get)
             ensure(by_id == merged, "the token ids are not in the order of the merges")
-            special = vocab.keys() - known
+            special = vocab.keys() - known  # what is no byte and no merge
         missing = ALPHABET.keys() - vocab.keys()
         ensure(not missing, f"{len(missing)} of the 256 bytes have no token")
         ensure(len(set(vocab.values())) == len(vocab), "two tokens have the same id")
@@ -361,8 +361,8 @@ def download(url, path, sha256=None):
     path = Path(path)
     part = Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    most_bytes = 0  # the most that were there at a failure
+    failures = 0  # in a row, without a new byte
+    most_bytes = 0  # that were there at a failure
     with lock(path.parent):
         while not path.exists():
             part.touch()
@@ -406,7 +406,7 @@ def fetch_rest(url, path, part, sha256):
         if answer.status_code == 206 and not content_range.startswith(f"bytes {have}-"):
             raise requests.RequestException(f"got {content_range} instead of bytes {have}-")
 
-        rest = int(answer.headers.get("Content-Length", 0))
+        rest = int(answer.headers.get("Content-Length", 0))  # 0: not stated
         size = have + rest if answer.status_code == 206 else rest
         advice = f"put the file at {path} by hand"
         ensure("html" not in answer.headers.get("Content-Type", ""),
@@ -447,7 +447,8 @@ def writing(path):
             yield file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         why = str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {why}; free space or write elsewhere") from None
 

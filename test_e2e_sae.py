@@ -19,6 +19,8 @@ import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -31,7 +33,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-import data
 import e2e_sae
 import gpt2
 from data import concepts, load_tokens, openwebtext, stdlib
@@ -79,30 +80,30 @@ def tiny(tmp_path_factory):
     return write_model(hf_model(), tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of that folder, for one test to change."""
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
 def sha256(content):
     """The SHA-256 of bytes, as 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
 
 
-def call_of(function, *args):
-    """A function without arguments that calls `function` with these."""
-    def call():
-        return function(*args)
-    return call
-
-
-def error_of(call, *words):
-    """Assert that call() raises a UserError of one line that contains these words."""
+@contextmanager
+def refused(*words):
+    """Assert that the block raises a UserError of one line that contains these words."""
     with pytest.raises(UserError) as caught:
-        call()
+        yield
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
         assert str(word) in message
 
 
-def kill_9(*args):
-    """End this process as `kill -9` does, whatever the arguments."""
+def kill_9():
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -114,20 +115,26 @@ def killed(call):
     return process.exitcode == -signal.SIGKILL
 
 
-def killed_at(nth, function):
-    """A function that does what `function` does, but whose nth call ends the process."""
+def at_call(patch, module, name, nth, act, *args):
+    """Make the nth call of module.name call act(*args) first."""
+    real = getattr(module, name)
     calls = itertools.count(1)
 
-    def counted(*args, **more):
+    def counted(*given, **more):
         if next(calls) == nth:
-            kill_9()
-        return function(*args, **more)
-    return counted
+            act(*args)
+        return real(*given, **more)
+    patch.setattr(module, name, counted)
+
+
+def see(path):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text())
 
 
 def change_json(path, keys, value):
     """Set one entry of a JSON file; `keys` lead to it from the outside."""
-    whole = json.loads(path.read_text())
+    whole = see(path)
     inner = whole
     for key in keys[:-1]:
         inner = inner[key]
@@ -137,25 +144,24 @@ def change_json(path, keys, value):
 
 # ---- gpt2.py: the model --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sizes, prefix, stored", [
-    ((2, 2, 16, 32), "", torch.float32),
-    ((3, 4, 32, 64), "transformer.", torch.float16),
-    ((1, 1, 8, 16), "", torch.bfloat16),
-    ((1, 2, 8, 16), "", torch.float64),
-], ids=str)
-def test_logits_equal_transformers(tmp_path, sizes, prefix, stored):
+@pytest.mark.parametrize("prefix, stored", [
+    ("", torch.float32),
+    ("transformer.", torch.float16),
+    ("", torch.bfloat16),
+    ("", torch.float64),
+])
+def test_logits_equal_transformers(tmp_path, prefix, stored):
     """Logits are those of transformers, whichever precision the file has."""
-    model = hf_model(*sizes, vocab_size=101)
+    model = hf_model()
     gpt = GPT.from_pretrained(write_model(model, tmp_path, prefix, stored))
     for parameter in gpt.parameters():
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
-    for dtype, bound in (torch.float32, 1e-4), (torch.float64, 1e-9):
-        gpt.to(dtype)
-        model.to(dtype)
-        for length in 1, 7, sizes[-1]:
-            tokens = torch.randint(0, 101, (2, length))
-            assert (gpt(tokens) - model(tokens).logits).abs().max() < bound
+    gpt.double()
+    model.double()
+    for length in 1, 7, 32:
+        tokens = torch.randint(0, 1024, (2, length))
+        assert (gpt(tokens) - model(tokens).logits).abs().max() < 1e-9
 
 
 def test_residual_stream_has_zero_mean(tiny):
@@ -170,15 +176,20 @@ def test_residual_stream_has_zero_mean(tiny):
     assert torch.equal(gpt.unembed(x), gpt(tokens))
 
 
-def compare_with_transformers(folder, texts):
-    """Assert that transformers opens a folder and agrees on tokens and logits. Returns the loss."""
+def ids_as_transformers(folder, texts):
+    """The ids of texts. Asserts that they are transformers', and that they decode to the texts."""
     tokenizer = gpt2.load_tokenizer(folder)
     oracle = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode_ordinary_batch(texts)
     assert ids == [oracle.encode(text) for text in texts]
     assert tokenizer.decode_batch(ids) == texts
     assert tokenizer.eot_token == oracle.eos_token_id
+    return ids
 
+
+def compare_with_transformers(folder, texts):
+    """Assert that transformers opens a folder and agrees on tokens and logits. Returns the loss."""
+    ids = ids_as_transformers(folder, texts)
     gpt = GPT.from_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder).float().requires_grad_(False)
     windows = torch.tensor(sum(ids, []))
@@ -197,15 +208,13 @@ ODD_TEXTS = [
 
 def test_embedded_model():
     """Transformers opens the embedded model, agrees with it, and it has learned Python."""
-    sources = list(stdlib.read_files("val").values())[:40]
+    sources = list(stdlib.read_files("val").values())[:20]
     assert compare_with_transformers(STDLIB, sources + ODD_TEXTS) < 3
 
 
-def test_other_names_of_the_sizes(tmp_path):
+def test_other_names_of_the_sizes(copy):
     """config.json may name the sizes as transformers' other models do."""
-    model = hf_model()
-    write_model(model, tmp_path)
-    entries = json.loads((tmp_path / "config.json").read_text())
+    entries = see(copy / "config.json")
     aliases = {
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
@@ -214,176 +223,148 @@ def test_other_names_of_the_sizes(tmp_path):
     }
     for name, alias in aliases.items():
         entries[alias] = entries.pop(name)
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    oracle = GPT2LMHeadModel.from_pretrained(tmp_path)
+    gpt2.write_json(copy / "config.json", entries)
+    oracle = GPT2LMHeadModel.from_pretrained(copy)
     tokens = torch.arange(60).view(2, 30)
-    logits = GPT.from_pretrained(tmp_path)(tokens)
+    logits = GPT.from_pretrained(copy)(tokens)
     assert (logits - oracle(tokens).logits).abs().max() < 1e-4
 
+
+def test_what_changes_nothing(copy, tiny):
+    """Settings without effect on the logits, and an lm_head that repeats wte, are accepted."""
+    entries = {
+        "resid_pdrop": 0.5,
+        "reorder_and_upcast_attn": True,
+        "n_inner": 64,
+        "activation_function": "gelu_pytorch_tanh",
+        "nobody_knows": [1],
+    }
+    gpt2.write_json(copy / "config.json", see(copy / "config.json") | entries)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    (copy / "model.safetensors").write_bytes(save(tensors))
+    tokens = torch.arange(30).view(1, 30)
+    expected = GPT.from_pretrained(tiny)(tokens)
+    assert torch.equal(GPT.from_pretrained(copy)(tokens), expected)
+
+
+# ---- gpt2.py: wrong files ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, value", [
     ("scale_attn_by_inverse_layer_idx", True),
     ("scale_attn_weights", False),
-    ("activation_function", "relu"),
     ("activation_function", "gelu"),
     ("n_inner", 32),
     ("tie_word_embeddings", False),
     ("add_cross_attention", True),
     ("model_type", "gpt_neo"),
     ("n_layer", "3"),
+    ("n_head", None),
+    ("n_embd", [1]),
+    ("n_positions", 10**30),
+    ("vocab_size", float("inf")),
     ("layer_norm_epsilon", float("nan")),
 ])
-def test_config_that_changes_the_computation(tmp_path, name, value):
-    """An entry of config.json that would give other logits is refused by name, with its value."""
-    write_model(hf_model(), tmp_path)
-    change_json(tmp_path / "config.json", [name], value)
-    error_of(call_of(GPT.from_pretrained, tmp_path), tmp_path / "config.json", name, repr(value))
+def test_wrong_entry_of_config_json(copy, name, value):
+    """An entry that would give other logits, or is no size, is refused by name, with its value."""
+    change_json(copy / "config.json", [name], value)
+    with refused(copy / "config.json", name, repr(value)):
+        GPT.from_pretrained(copy)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("resid_pdrop", 0.5),
-    ("reorder_and_upcast_attn", True),
-    ("n_inner", 64),
-    ("activation_function", "gelu_pytorch_tanh"),
-    ("nobody_knows", [1]),
-])
-def test_config_that_changes_nothing(tmp_path, tiny, name, value):
-    """An entry of config.json that leaves the logits as they are is no reason to refuse."""
-    write_model(hf_model(), tmp_path)
-    change_json(tmp_path / "config.json", [name], value)
-    tokens = torch.arange(30).view(1, 30)
-    expected = GPT.from_pretrained(tiny)(tokens)
-    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), expected)
-
-
-# ---- gpt2.py: wrong files ------------------------------------------------------------------------
-
-SIZE_NAMES = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size"]
-WRONG_SIZES = [None, "x", [1], 10**30, float("inf")]
-
-
-@pytest.mark.parametrize("name, value", list(itertools.product(SIZE_NAMES, WRONG_SIZES)))
-def test_wrong_sizes(tmp_path, name, value):
-    """A size that is no size is refused by name."""
-    write_model(hf_model(), tmp_path)
-    change_json(tmp_path / "config.json", [name], value)
-    error_of(call_of(GPT.from_pretrained, tmp_path), tmp_path / "config.json", name)
-
-
-@pytest.mark.parametrize("name, value", [
-    ("n_layer", 2), ("n_embd", 10**5), ("n_head", 3), ("vocab_size", 10**6)])
-def test_sizes_of_another_model(tmp_path, name, value):
+@pytest.mark.parametrize("name, value", [("n_head", 3), ("n_embd", 10**5)])
+def test_sizes_of_another_model(copy, name, value):
     """A size that the tensors do not have is refused."""
-    write_model(hf_model(), tmp_path)
-    change_json(tmp_path / "config.json", [name], value)
-    error_of(call_of(GPT.from_pretrained, tmp_path), tmp_path)
+    change_json(copy / "config.json", [name], value)
+    with refused(copy):
+        GPT.from_pretrained(copy)
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize("content, word", [
-    (b"", ""),
-    (b"[]", "JSON object"),
-    (b"{", ""),
-    (b"\xff", ""),
-    (b"[" * 10**5, ""),
-    (LFS_POINTER, "git lfs pull"),
-], ids=["empty", "list", "cut", "no UTF-8", "deep", "git-lfs"])
-@pytest.mark.parametrize("file", ["config.json", "vocab.json", "model.safetensors"])
-def test_damaged_file(tmp_path, file, content, word):
+@pytest.mark.parametrize("file, content, word", [
+    ("config.json", b"\xff", ""),
+    ("config.json", b"[" * 10**5, ""),
+    ("config.json", b"[]", "JSON object"),
+    ("config.json", LFS_POINTER, "git lfs pull"),
+    ("vocab.json", b"", ""),
+    ("model.safetensors", b"", ""),
+    ("model.safetensors", LFS_POINTER, "git lfs pull"),
+])
+def test_damaged_file(copy, file, content, word):
     """A damaged file, or a pointer in its place, is refused by its path."""
-    write_model(hf_model(), tmp_path)
-    (tmp_path / file).write_bytes(content)
+    (copy / file).write_bytes(content)
     load = gpt2.load_tokenizer if file == "vocab.json" else GPT.from_pretrained
-    if file == "model.safetensors" and content != LFS_POINTER:
-        word = ""
-    error_of(call_of(load, tmp_path), tmp_path / file, word)
-
-
-NAN_BIAS = torch.full((16,), float("nan"))
-INFINITE_BIAS = torch.full((16,), float("inf"))
+    with refused(copy / file, word):
+        load(copy)
 
 
 @pytest.mark.parametrize("name, tensor", [
     ("h.1.ln_2.bias", None),
     ("h.1.more", torch.ones(2)),
-    ("wpe.weight", torch.ones(31, 16)),
     ("h.1.attn.c_attn.weight", torch.ones(48, 16)),
-    ("ln_f.weight", torch.ones(1, 16)),
     ("lm_head.weight", torch.ones(1024, 16)),
-    ("h.2.mlp.c_proj.bias", NAN_BIAS),
-    ("ln_f.bias", INFINITE_BIAS),
+    ("h.2.mlp.c_proj.bias", torch.ones(16) * np.nan),
+    ("ln_f.bias", torch.ones(16) * np.inf),
     ("ln_f.bias", torch.ones(16, dtype=torch.uint8)),
     ("ln_f.bias", torch.ones(16, dtype=torch.int64)),
-], ids=str)
-def test_wrong_tensor(tmp_path, name, tensor):
+])
+def test_wrong_tensor(copy, name, tensor):
     """A tensor that is missing (None), unknown, misshapen or not finite is refused by name."""
-    path = write_model(hf_model(), tmp_path) / "model.safetensors"
+    path = copy / "model.safetensors"
     tensors = load_file(path)
     tensors.pop(name, None)
     if tensor is not None:
         tensors[name] = tensor
     path.write_bytes(save(tensors))
-    error_of(call_of(GPT.from_pretrained, tmp_path), path, name)
+    with refused(path, name):
+        GPT.from_pretrained(copy)
 
 
-def test_lm_head_that_equals_wte(tmp_path, tiny):
-    """An lm_head.weight that repeats wte.weight is accepted."""
-    path = write_model(hf_model(), tmp_path) / "model.safetensors"
-    tensors = load_file(path)
-    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
-    save_file(tensors, path)
-    tokens = torch.arange(30).view(1, 30)
-    expected = GPT.from_pretrained(tiny)(tokens)
-    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), expected)
-
-
-def test_model_in_shards(tmp_path):
+def test_model_in_shards(copy):
     """A folder without model.safetensors is refused with the option that writes one."""
-    (write_model(hf_model(), tmp_path) / "model.safetensors").unlink()
-    error_of(call_of(GPT.from_pretrained, tmp_path), tmp_path, "max_shard_size")
-    error_of(call_of(GPT.from_pretrained, "gpt3"), "gpt3", "gpt2-xl", "stdlib")
+    (copy / "model.safetensors").unlink()
+    with refused(copy, "max_shard_size"):
+        GPT.from_pretrained(copy)
 
 
 ODD_ENTRIES = [
-    None, True, -1, 0, 2**31, 2**64, 0.5,
-    "", "F32", "BF16", "I64",
-    [], {}, [[]], [2], [-1],
+    None, -1, 2**64, 0.5, "BF16", "I64",
+    [], [[]], [-1],
     [0, 2**62, 4], [4, 0], [0, 10**9],
 ]
 
 
-def mutants(whole, i, random):
-    """Three damaged copies of a safetensors file: cut, with a bit flipped, with a wrong header."""
+def mutants(whole):
+    """Damaged copies of a safetensors file: cut, with a bit flipped, with an odd header."""
+    for at in range(0, len(whole), 19):
+        yield whole[:at]
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        yield flipped
     start = 8 + int.from_bytes(whole[:8], "little")
-    at = random.integers((8, 60, start, len(whole))[i % 4])
-    flipped = bytearray(whole)
-    flipped[at] ^= 1 << random.integers(8)
     header = json.loads(whole[8:start])
-    name = random.choice(list(header))
-    field = ("dtype", "shape", "data_offsets")[i % 3]
-    header[name][field] = ODD_ENTRIES[random.integers(len(ODD_ENTRIES))]
-    head = json.dumps(header).encode()
-    return whole[:at], flipped, len(head).to_bytes(8, "little") + head + whole[start:]
+    fields = "dtype", "shape", "data_offsets"
+    for field, value in itertools.product(fields, ODD_ENTRIES):
+        entry = header["wpe.weight"] | {field: value}
+        head = json.dumps(header | {"wpe.weight": entry}).encode()
+        yield len(head).to_bytes(8, "little") + head + whole[start:]
 
 
 def test_mutated_weights(tmp_path):
     """Whatever happens to a file of weights, it loads or is refused in one line."""
     path = write_model(hf_model(1, 1, 2, 2, 2), tmp_path) / "model.safetensors"
-    whole = path.read_bytes()
-    random = np.random.default_rng(0)
     loaded = refused = 0
-    for i in range(200):
-        for content in mutants(whole, i, random):
-            path.write_bytes(content)
-            try:
-                GPT.from_pretrained(tmp_path)
-                loaded += 1
-            except UserError as error:
-                assert "\n" not in str(error)
-                refused += 1
-    assert refused > 400
+    for content in mutants(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            GPT.from_pretrained(tmp_path)
+            loaded += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 200
     assert loaded > 10
 
 
@@ -393,34 +374,26 @@ def test_mutated_weights(tmp_path):
 def saved(tmp_path):
     """A folder with the embedded model's tokenizer as transformers saves it, in tokenizer.json."""
     AutoTokenizer.from_pretrained(STDLIB).save_pretrained(tmp_path)
-    for old in "vocab.json", "merges.txt":
-        (tmp_path / old).unlink(missing_ok=True)
     shutil.copy(STDLIB / "config.json", tmp_path)
     return tmp_path
 
 
-def assert_ids_of_transformers(folder):
-    """Assert that a folder's tokenizer gives transformers' ids for odd texts, and has its end."""
-    oracle = AutoTokenizer.from_pretrained(folder)
-    tokenizer = gpt2.load_tokenizer(folder)
-    assert tokenizer.eot_token == oracle.eos_token_id
-    for text in ODD_TEXTS:
-        assert tokenizer.encode_ordinary(text) == oracle.encode(text)
-
-
 def test_tokenizer_json_alone(saved):
     """tokenizer.json is enough, in the form that transformers writes."""
-    assert_ids_of_transformers(saved)
+    ids_as_transformers(saved, ODD_TEXTS)
 
 
 def test_special_token_in_front(saved):
     """Ids that a special token in front has shifted are right."""
-    vocab = json.loads((STDLIB / "vocab.json").read_text())
+    vocab = see(STDLIB / "vocab.json")
     shifted = {token: (i + 1) % len(vocab) for token, i in vocab.items()}
     change_json(saved / "tokenizer.json", ["model", "vocab"], shifted)
     change_json(saved / "tokenizer.json", ["added_tokens", 0, "id"], 0)
     (saved / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    assert_ids_of_transformers(saved)
+    ids_as_transformers(saved, ODD_TEXTS)
+
+
+ADDED = {"7": {"content": "def", "special": False}}
 
 
 @pytest.mark.parametrize("file, keys, value, word", [
@@ -433,55 +406,44 @@ def test_special_token_in_front(saved):
     ("tokenizer.json", ["model", "end_of_word_suffix"], "</w>", "end_of_word_suffix"),
     ("tokenizer.json", ["model", "dropout"], 0.1, "dropout"),
     ("tokenizer.json", ["added_tokens", 0, "special"], False, "<|endoftext|>"),
-    ("tokenizer.json", ["model", "vocab"], {"!": 0}, ""),
     ("tokenizer_config.json", ["add_prefix_space"], True, "add_prefix_space"),
-], ids=str)
+    ("tokenizer_config.json", ["added_tokens_decoder"], ADDED, "'def'"),
+])
 def test_tokenizer_of_another_kind(saved, file, keys, value, word):
     """A setting with which transformers gives other ids is refused by its name."""
     change_json(saved / file, keys, value)
-    error_of(call_of(gpt2.load_tokenizer, saved), saved / file, word)
-
-
-def test_added_token_that_is_not_special(saved):
-    """A token that tokenizer_config.json adds, and that is not special, is refused by name."""
-    added = {"7": {"content": "def", "special": False}}
-    change_json(saved / "tokenizer_config.json", ["added_tokens_decoder"], added)
-    path = saved / "tokenizer_config.json"
-    error_of(call_of(gpt2.load_tokenizer, saved), path, "'def'")
+    with refused(saved / file, word):
+        gpt2.load_tokenizer(saved)
 
 
 @pytest.mark.parametrize("token, value", [
     ("!", "0"),
     ("!", -1),
-    ("!", None),
-    ("!", 1),
-    ("\u20ac", 0),
+    ("\u20ac", 1024),
     ("<|endoftext|>", 1022),
 ])
-def test_wrong_vocabulary(tmp_path, token, value):
-    """An id that is no id, or that two tokens have, is refused."""
-    shutil.copy(STDLIB / "vocab.json", tmp_path)
-    change_json(tmp_path / "vocab.json", [token], value)
-    error_of(call_of(gpt2.load_tokenizer, tmp_path), tmp_path / "vocab.json")
+def test_wrong_vocabulary(copy, token, value):
+    """An id that is no id, or that two tokens have, or a token of no bytes, is refused."""
+    change_json(copy / "vocab.json", [token], value)
+    with refused(copy / "vocab.json"):
+        gpt2.load_tokenizer(copy)
 
 
-def test_ids_in_another_order(tmp_path):
+def test_ids_in_another_order(copy):
     """A vocabulary whose ids are not in the order of merges.txt is refused: tiktoken needs it."""
-    shutil.copy(STDLIB / "merges.txt", tmp_path)
-    vocab = json.loads((STDLIB / "vocab.json").read_text())
-    tokens = sorted(vocab, key=vocab.get)
-    first, second = tokens[300:302]
-    vocab[first], vocab[second] = vocab[second], vocab[first]
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    error_of(call_of(gpt2.load_tokenizer, tmp_path), tmp_path / "vocab.json", "order")
+    shutil.copy(STDLIB / "merges.txt", copy)
+    vocab = see(copy / "vocab.json")
+    change_json(copy / "vocab.json", ["self"], vocab["def"])
+    change_json(copy / "vocab.json", ["def"], vocab["self"])
+    with refused(copy / "vocab.json", "order"):
+        gpt2.load_tokenizer(copy)
 
 
-def test_missing_byte(tmp_path):
-    """A vocabulary without one of the 256 bytes is refused: tiktoken would panic."""
-    vocab = json.loads((STDLIB / "vocab.json").read_text())
-    vocab["moved"] = vocab.pop("!")
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    error_of(call_of(gpt2.load_tokenizer, tmp_path), tmp_path / "vocab.json", "256 bytes")
+def test_missing_bytes(copy):
+    """A vocabulary without each of the 256 bytes is refused: tiktoken would panic."""
+    (copy / "vocab.json").write_text('{"!": 0}')
+    with refused(copy / "vocab.json", "255 of the 256 bytes"):
+        gpt2.load_tokenizer(copy)
 
 
 # ---- gpt2.py: downloads, from a server that answers as the hub does ------------------------------
@@ -539,8 +501,6 @@ class Hub(BaseHTTPRequestHandler):
         else:
             headers["X-Linked-Etag"] = f'"{sha256(body)}"'
             headers["Location"] = "/cdn" + path
-            if not self.server.states_hashes:
-                del headers["X-Linked-Etag"]
             self.answer(302, b"", headers)
 
     def send_file(self, body):
@@ -596,12 +556,11 @@ def hub(tmp_path, tiny, monkeypatch):
         hub.ranges = []  # the first byte that each request for a body asked for
         hub.sent = 0
         hub.login = False  # whether a login page answers every request
-        hub.states_hashes = True
         hub.over = threading.Event()
         for name in "gpt2", "gpt2-medium":
             monkeypatch.setitem(gpt2.SIZES, name, config)
-        monkeypatch.setitem(gpt2.SHA256, "model.safetensors", sha256(weights))
-        monkeypatch.setitem(gpt2.SHA256, "vocab.json", sha256(vocab))
+        digests = {"model.safetensors": sha256(weights), "vocab.json": sha256(vocab)}
+        monkeypatch.setattr(gpt2, "SHA256", digests)
         monkeypatch.setattr(openwebtext, "SHA256", [sha256(SUBSET_TAR)])
         monkeypatch.setattr(gpt2, "DATA", tmp_path / "data")
         monkeypatch.setattr(gpt2, "HUB", f"http://127.0.0.1:{hub.server_port}")
@@ -620,23 +579,14 @@ def fetch(path, name="/file", digest=None):
 
 BUSY = [{"status": 503}] * 3
 CUT_TWICE = [{"cut": 500_000}] * 2
-TOO_MANY = [{"status": 429}] * 3
 
 
 @pytest.mark.parametrize("part, faults, sent", [
-    (b"", [{"cut": 0}], N),
-    (b"", [{"cut": 1}], N + 1),
-    (b"", [{"cut": CHUNK}], N + CHUNK),
-    (b"", [{"cut": CHUNK + 1}], N + CHUNK),
-    (b"", [{"cut": N - 1}], N + CHUNK),
-    (b"", BUSY + CUT_TWICE + TOO_MANY, N + 2 * CHUNK),
+    (b"", BUSY + CUT_TWICE + BUSY, N + 2 * CHUNK),
     (b"", [{"status": 200, "cut": 2**20}, {"status": 200}], N + 2**20),
-    (BODY[:1000], [], N - 1000),
     (BODY, [], 0),
     (BODY + b"more", [], N),
-], ids=[
-    "cut at 0", "cut at 1", "cut at a chunk", "cut after a chunk", "cut at the end", "patience",
-    "no Range", "begun", "complete", "too long"])
+], ids=["patience", "no Range", "complete", "too long"])
 def test_download_survives(hub, tmp_path, part, faults, sent):
     """A transfer goes on where it stopped; nothing is fetched twice, nothing wrong is appended."""
     hub.faults = list(faults)
@@ -671,70 +621,65 @@ SHORTER = [{"status": 200, "cut": 2**20}, {"status": 200, "cut": 2**19}]
 
 @pytest.mark.parametrize("part, faults, words", [
     (b"", [{"status": 404}] * 9, ["404", "--model stdlib"]),
-    (b"", [{"cut": 0}] * 9, ["--model stdlib"]),
     (b"", SHORTER * 9, ["--model stdlib"]),
-    (b"", [{"body": WRONG_BODY}], [sha256(BODY), sha256(WRONG_BODY)]),
     (WRONG_BODY, [], [sha256(BODY), sha256(WRONG_BODY)]),
-], ids=["404", "cut", "no Range", "wrong answer", "wrong part"])
+], ids=["404", "no Range", "wrong part"])
 def test_download_gives_up(hub, tmp_path, part, faults, words):
     """What cannot be had, or has a wrong byte, never gets the name; a later call succeeds."""
     path = tmp_path / "file"
     hub.faults = list(faults)
     (tmp_path / "file.part").write_bytes(part)
-    error_of(call_of(fetch, path), gpt2.HUB + "/file", *words)
+    with refused(gpt2.HUB + "/file", *words):
+        fetch(path)
     assert not path.exists()
     assert len(hub.ranges) < 10
     hub.faults.clear()
     assert fetch(path).read_bytes() == BODY
 
 
-@pytest.mark.parametrize("digest", [None, sha256(BODY)], ids=["no hash", "pinned"])
-def test_login_page(hub, tmp_path, digest):
+def test_login_page(hub, tmp_path):
     """A web page never becomes the file, and leaves what was fetched before as it is."""
     path = tmp_path / "file"
     part = tmp_path / "file.part"
     part.write_bytes(BODY[:1000])
     hub.login = True
-    error_of(call_of(fetch, path, "/file", digest), gpt2.HUB + "/file", path, "web page")
+    with refused(gpt2.HUB + "/file", path, "web page"):
+        fetch(path)
     assert not path.exists()
     assert part.read_bytes() == BODY[:1000]
-    hub.login = False
-    assert fetch(path, "/file", digest).read_bytes() == BODY
-    assert hub.ranges == [1000]
 
 
 @pytest.mark.parametrize("fault", [
     {"body": BODY + b"?"},
     {"body": BODY[:2000], "status": 200},
-], ids=["longer", "shorter"])
+])
 def test_size_that_is_not_the_stated_one(hub, tmp_path, fault):
     """An answer of another size than the hub stated is not written."""
     part = tmp_path / "file.part"
     part.write_bytes(BODY[:1000])
     hub.faults = [fault]
-    error_of(call_of(fetch, tmp_path / "file"), gpt2.HUB + "/file", "instead of 1500000")
+    with refused(gpt2.HUB + "/file", "instead of 1500000"):
+        fetch(tmp_path / "file")
     assert part.read_bytes() == BODY[:1000]
 
 
-@pytest.mark.parametrize("first", [0, 999, 1001])
-@pytest.mark.parametrize("name", ["/file", "/cdn/file"], ids=["size stated", "not stated"])
-def test_answer_that_starts_elsewhere(hub, tmp_path, name, first):
+def test_answer_that_starts_elsewhere(hub, tmp_path):
     """Bytes from another place than the asked one are not appended, but asked for again."""
     (tmp_path / "file.part").write_bytes(BODY[:1000])
-    hub.faults = [{"first": first, "cut": 5000}]
-    assert fetch(tmp_path / "file", name, sha256(BODY)).read_bytes() == BODY
+    hub.faults = [{"first": 1001, "cut": CHUNK + 1}]
+    # From the store itself: it states no size, so that nothing else is wrong with the answer
+    assert fetch(tmp_path / "file", "/cdn/file", sha256(BODY)).read_bytes() == BODY
     assert hub.ranges == [1000, 1000]
 
 
-def test_hash_that_nobody_knows(hub, tmp_path):
+@pytest.mark.parametrize("name", ["/cdn/small.json", "/small.json"])
+def test_hash_that_nobody_knows(hub, tmp_path, name):
     """Without a pinned or stated SHA-256 nothing is fetched; git's SHA-1 is not taken for one."""
-    hub.states_hashes = False
-    for name in "/file", "/small.json":
-        path = tmp_path / name[1:]
-        error_of(call_of(fetch, path, name), gpt2.HUB + name, path, "by hand")
-        assert not path.exists()
-    pinned = sha256(b"{}")
-    assert fetch(tmp_path / "small.json", "/small.json", pinned).read_bytes() == b"{}"
+    path = tmp_path / "file"
+    with refused(gpt2.HUB + name, path, "by hand"):
+        fetch(path, name)
+    assert not path.exists()
+    assert fetch(path, name, sha256(b"{}")).read_bytes() == b"{}"
 
 
 def test_download_killed_then_resumed_by_two(hub, tmp_path, monkeypatch):
@@ -743,30 +688,26 @@ def test_download_killed_then_resumed_by_two(hub, tmp_path, monkeypatch):
     lock = gpt2.lock
     barrier = threading.Barrier(2, timeout=30)
 
-    def dying(chunks, *args):
-        yield from itertools.islice(chunks, 3)
-        kill_9()
-
     def lock_together(folder):
         barrier.wait()
         return lock(folder)
+    hub.faults = [{"cut": 600_000}]
     with monkeypatch.context() as during:
-        during.setattr(gpt2, "progress", dying)
-        assert killed(call_of(fetch, path))
+        at_call(during, gpt2, "fetch_rest", 2, kill_9)
+        assert killed(partial(fetch, path))
     assert not path.exists()
     monkeypatch.setattr(gpt2, "lock", lock_together)
     with ThreadPoolExecutor(2) as pool:  # a lock excludes threads as it excludes processes
         for fetched in pool.map(fetch, [path, path]):
             assert fetched.read_bytes() == BODY
-    assert len(hub.ranges) == 2
-    assert hub.ranges[1] >= 2 * CHUNK
+    assert hub.ranges == [0, 2 * CHUNK]
 
 
 def test_lock(tmp_path, monkeypatch):
     """A folder is locked for one process; on a file system without flock, nothing is."""
     import fcntl  # Windows has no such module
-    with gpt2.lock(tmp_path):
-        error_of(call_of(gpt2.lock, tmp_path, False), tmp_path, "in use")
+    with gpt2.lock(tmp_path), refused(tmp_path, "in use"):
+        gpt2.lock(tmp_path, wait=False)
 
     def no_flock(file, operation):
         raise OSError(38, "Function not implemented")
@@ -775,21 +716,17 @@ def test_lock(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("name, weights", [
-    ("gpt2", OPENAI + "model.safetensors"), ("gpt2-medium", MEDIUM)])
-def test_model_from_the_hub(hub, name, weights):
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium"])
+def test_model_from_the_hub(hub, name):
     """A model is fetched, checked and gives transformers' logits; then the hub is not asked."""
-    load = call_of(GPT.from_pretrained, name)
     hub.faults = [{"body": hub.files[OPENAI + "vocab.json"][:-1] + b"?"}]
-    error_of(load, OPENAI + "vocab.json", gpt2.SHA256["vocab.json"])
-    wrong_weights = hub.files[weights][:-1] + b"?"
-    hub.faults = [{}, {"body": wrong_weights}]  # vocab.json is fetched first
-    error_of(load, weights, sha256(hub.files[weights]), sha256(wrong_weights))
-    assert not (gpt2.DATA / name / "model.safetensors").exists()
+    with refused(OPENAI + "vocab.json", gpt2.SHA256["vocab.json"]):
+        GPT.from_pretrained(name)
     tokens = torch.arange(20).view(2, 10)
-    assert (load()(tokens) - hf_model()(tokens).logits).abs().max() < 1e-4
+    logits = GPT.from_pretrained(name)(tokens)
+    assert (logits - hf_model()(tokens).logits).abs().max() < 1e-4
     hub.asked.clear()
-    load()
+    GPT.from_pretrained(name)
     gpt2.load_tokenizer(name)
     assert hub.asked == []
 
@@ -798,38 +735,30 @@ def test_hub_out_of_reach(hub, monkeypatch):
     """Without a network the error says where to put the file, and what needs no network."""
     monkeypatch.setattr(gpt2, "HUB", "http://127.0.0.1:1")  # no server is there
     path = gpt2.DATA / "gpt2-xl" / "vocab.json"
-    error_of(call_of(GPT.from_pretrained, "gpt2-xl"), gpt2.HUB, path, "--model stdlib")
+    with refused(gpt2.HUB, path, "--model stdlib"):
+        GPT.from_pretrained("gpt2-xl")
 
 
 # ---- data: OpenWebText and the standard library --------------------------------------------------
 
-def add_to_tar(archive, name, content):
-    """Add a file of these bytes to an open tar."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-def tar(texts):
-    """A tar of {name: text}, as bytes."""
+def tar(files):
+    """A tar of {name: bytes}, as bytes."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, text in texts.items():
-            add_to_tar(archive, name, text.encode())
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return file.getvalue()
 
 
-def subset_tar(subset, flip=None):
-    """A tar as OpenWebText has them, of {name.xz: {name.txt: text}}; a bit flipped in each .xz."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        add_to_tar(archive, "README", b"not an .xz")
-        for name, texts in subset.items():
-            xz = bytearray(lzma.compress(tar(texts)))
-            if flip is not None:
-                xz[flip] ^= 4
-            add_to_tar(archive, name, xz)
-    return file.getvalue()
+def subset_tar(subset):
+    """A tar as OpenWebText has them, of {name.xz: {name.txt: text}}."""
+    files = {"README": b"not an .xz"}
+    for name, texts in subset.items():
+        pages = {page: text.encode() for page, text in texts.items()}
+        files[name] = lzma.compress(tar(pages))
+    return tar(files)
 
 
 PROSE = "In the beginning there was the thin winter, 1984; they're her naïve 東京 ☃.\n"
@@ -883,15 +812,13 @@ def test_openwebtext(hub, tmp_path):
 
 @pytest.mark.parametrize("module, name, nth", [
     (gpt2.tiktoken.Encoding, "encode_ordinary_batch", 2),
-    (os, "replace", 1),
-    (os, "replace", 2),
-    (os, "replace", 3),
-    (os, "replace", 4),
-], ids=["encoding", "vocab.json", "tar", "val.bin", "train.bin"])
+    (os, "replace", 3),  # of val.bin
+    (os, "replace", 4),  # of train.bin
+])
 def test_openwebtext_after_kill_9(hub, tmp_path, monkeypatch, module, name, nth):
     """After a kill at any point there is no half train.bin, and the next process ends well."""
     with monkeypatch.context() as during:
-        during.setattr(module, name, killed_at(nth, getattr(module, name)))
+        at_call(during, module, name, nth, kill_9)
         assert killed(read_openwebtext)
     assert not (tmp_path / "data/openwebtext/train.bin").exists()
     assert read_openwebtext() == expected_bins(TEXTS)
@@ -902,7 +829,7 @@ def test_openwebtext_after_kill_9(hub, tmp_path, monkeypatch, module, name, nth)
     ["b" * 900, ""],
     ["", "", "b" * 900],
     ["the " * 300 + "x", "in", "a", "b"],
-], ids=str)
+])
 def test_odd_documents(tmp_path, texts):
     """Empty documents, and one that outweighs the others, are split by the rule."""
     pages = {f"{i}.txt": text for i, text in enumerate(texts)}
@@ -916,11 +843,14 @@ def test_odd_documents(tmp_path, texts):
 def test_damaged_subset(tmp_path):
     """A subset with a flipped bit or a missing end is refused by its path, or read rightly."""
     path = tmp_path / "tar"
-    third = {"three.xz": DOCUMENTS["three.xz"]}
-    flips = [subset_tar(third, at) for at in range(0, 200, 3)]
-    cuts = [SUBSET_TAR[:end] for end in range(0, len(SUBSET_TAR.rstrip(b"\0")), 512)]
+    damaged = [SUBSET_TAR[:end] for end in range(0, len(SUBSET_TAR.rstrip(b"\0")), 512)]
+    third = subset_tar({"three.xz": DOCUMENTS["three.xz"]})
+    for at in range(1536, 1736, 3):  # in the .xz, which three blocks of 512 bytes precede
+        flipped = bytearray(third)
+        flipped[at] ^= 4
+        damaged.append(flipped)
     refused = 0
-    for content in flips + cuts:
+    for content in damaged:
         path.write_bytes(content)
         try:  # a flip in the index behind the data does no harm
             assert list(openwebtext.documents(path)) == TEXTS[4:6]
@@ -928,22 +858,16 @@ def test_damaged_subset(tmp_path):
             assert str(path) in str(error)
             assert "\n" not in str(error)
             refused += 1
-    assert refused > 60 + len(cuts)
+    assert refused > len(damaged) - 7
 
 
 def test_text_of_the_standard_library(tmp_path, monkeypatch):
-    """The text is the library's source; a file's side is decided by the hash of its name."""
-    train = stdlib.read_files("train")
-    val = stdlib.read_files("val")
+    """The text is the library's source, which must be there."""
     source = Path(os.__file__).with_name("argparse.py").read_text()
-    assert train["argparse.py"] == source
-    assert len(val) > len(train) / 20
-    for name in list(train) + list(val):
-        assert "/test" not in name
-        if not name.startswith(("zipfile/", "pathlib/")):  # packages in newer Pythons
-            assert (name in val) == (sha256(name.encode()) < "1a")  # a tenth
-    monkeypatch.setattr("sysconfig.get_paths", call_of(dict, [("stdlib", str(tmp_path))]))
-    error_of(call_of(stdlib.read_files, "train"), tmp_path)
+    assert stdlib.read_files("train")["argparse.py"] == source
+    monkeypatch.setattr("sysconfig.get_paths", partial(dict, stdlib=tmp_path))
+    with refused(tmp_path):
+        stdlib.read_files("train")
 
 
 def test_tokens_of_the_standard_library():
@@ -954,23 +878,13 @@ def test_tokens_of_the_standard_library():
     assert text == "<|endoftext|>".join(stdlib.read_files("val").values())
 
 
-@pytest.mark.parametrize("name, side", [
-    ("zipfile/__init__.py", "zipfile.py"),
-    ("zipfile/_path/glob.py", "zipfile.py"),
-    ("pathlib/_local.py", "pathlib.py"),
-])
-def test_packages_of_newer_pythons(name, side):
-    """What was one file in Python 3.11 stays on that file's side as a package."""
-    assert stdlib.split_of(name) == stdlib.split_of(side)
-
-
 def test_text_of_ones_own(tmp_path):
-    """Files below a folder, hidden ones aside, are encoded as in one go and joined by end-of-text in
-    the order of their paths; the last 5 % of the tokens are held out."""
+    """Files below a folder, but no hidden ones, are encoded as in one go and joined by end-of-text
+    in the order of their paths; the last 5 % of the tokens are held out."""
     short = "déjà vu\n \t x"
     long = "\n\n  ".join(list(stdlib.read_files("train").values())[:20])  # several pieces
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "2.txt").write_bytes(long.encode())
+    (tmp_path / "b/2.txt").write_bytes(long.encode())
     (tmp_path / "a.txt").write_bytes(short.encode())
     (tmp_path / ".hidden").write_bytes(b"\xff")
     tokenizer = gpt2.load_tokenizer("stdlib")
@@ -982,9 +896,11 @@ def test_text_of_ones_own(tmp_path):
     assert len(val) == len(expected) // 20
 
 
-def test_files_left_out(tmp_path, monkeypatch):
-    """Tests, tables and machine-made files, in any Python's library, are no text."""
-    expected = {f"json/{i}.py" for i in range(100)}
+def test_split_of_the_standard_library(tmp_path, monkeypatch):
+    """Tests, tables and machine-made files, in any Python's library, are no text; of the rest, the
+    hash of its name puts a file in train or val. What is one file in Python 3.11, in train, stays
+    there as a package."""
+    expected = {f"json/{i}.py" for i in range(1000)}
     left_out = {
         "test/test_json.py",
         "json/tests/a.py",
@@ -995,10 +911,14 @@ def test_files_left_out(tmp_path, monkeypatch):
     }
     for name in expected | left_out:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("pass")
-    monkeypatch.setattr("sysconfig.get_paths", call_of(dict, [("stdlib", str(tmp_path))]))
-    found = set(stdlib.read_files("train")) | set(stdlib.read_files("val"))
-    assert found == expected
+        (tmp_path / name).touch()
+    monkeypatch.setattr("sysconfig.get_paths", partial(dict, stdlib=tmp_path))
+    val = stdlib.read_files("val")
+    assert stdlib.read_files("train").keys() | val.keys() == expected
+    for name in expected:
+        assert (name in val) == (sha256(name.encode()) < "1a")  # a tenth
+    assert stdlib.split_of("zipfile/__init__.py") == "train"
+    assert stdlib.split_of("pathlib/__init__.py") == "train"
 
 
 def test_byte_pair_encoding():
@@ -1009,37 +929,32 @@ def test_byte_pair_encoding():
 
 def test_recipe_of_the_embedded_model(tmp_path, monkeypatch):
     """The recipe makes a model that transformers opens, and that has learned something."""
-    source = stdlib.read_files("train")["argparse.py"]
+    source = Path(os.__file__).with_name("shlex.py").read_text()
 
     def one_file(split):
-        return {"argparse.py": source}
+        return {"shlex.py": source}
     monkeypatch.setattr(stdlib, "read_files", one_file)
     monkeypatch.setattr(stdlib, "CONFIG", GPTConfig(2, 2, 32, 16, 1024))
     stdlib.make(tmp_path, 150)
     assert compare_with_transformers(tmp_path, [source]) < 5.5  # untrained: log(1024) = 6.9
 
 
-
-
 # ---- e2e_sae.py: the SAE, the losses, the evaluation, by hand in float64 -------------------------
 
-TEXT = {}  # in place of the standard library: 200 sequences of 32 tokens each
-for seed, split in enumerate(("train", "val")):
-    TEXT[split] = np.random.default_rng(seed).integers(0, 1024, 6400).astype(np.uint16)
-TRAIN = torch.from_numpy(TEXT["train"].astype(np.int64)).view(200, 32)
-VAL = torch.from_numpy(TEXT["val"].astype(np.int64)).view(200, 32)
+# In place of the standard library: 200 sequences of 32 tokens each
+TRAIN = torch.from_numpy(np.random.default_rng(0).integers(0, 1024, (200, 32)))
+VAL = torch.from_numpy(np.random.default_rng(1).integers(0, 1024, (200, 32)))
 FACTORS = {  # of the terms in each loss; λ and β are 0.7 and 1.3
     "local": {"mse": 1, "l1": 0.7},
     "e2e": {"kl": 1, "l1": 0.7},
     "e2e_ds": {"kl": 0.5, "downstream_mse": 1.3, "l1": 0.7},
     "finish": {"mse": 0.5, "kl": "computed", "l1": 0.7},
 }
-TERMS = {
-    "local": {"l0", "l1", "mse"},
-    "e2e": {"l0", "l1", "mse", "kl"},
-    "e2e_ds": {"l0", "l1", "mse", "kl", "downstream_mse"},
-    "finish": {"l0", "l1", "mse", "kl"},
-}
+
+
+def terms_of(loss):
+    """The names of the terms that a loss reports: its own, and three that all report."""
+    return FACTORS[loss].keys() | {"l0", "l1", "mse"}
 
 
 def kl_by_hand(log_p, log_q):
@@ -1066,8 +981,7 @@ def sae_by_hand(weights, x):
     """The features and x_hat of an SAE with these W_enc, b_enc, W_dec and b_dec."""
     W_enc, b_enc, W_dec, b_dec = weights
     features = (x @ W_enc + b_enc).clamp(min=0)
-    dictionary = W_dec / W_dec.square().sum(1, keepdim=True).sqrt()
-    return features, features @ dictionary + b_dec
+    return features, features @ F.normalize(W_dec, dim=1) + b_dec
 
 
 def make_sae(n_features=40, seed=1):
@@ -1094,23 +1008,15 @@ def gpt(tiny):
     return GPT.from_pretrained(tiny).double()
 
 
-@pytest.mark.parametrize("d_model, n_features", [(64, 1000), (64, 64), (100, 40)])
-def test_initial_values(d_model, n_features):
-    """Encoder and biases start as nn.Linear's do, the dictionary orthogonal."""
+def test_initial_values():
+    """Encoder and biases start as nn.Linear's do, the columns of W_dec orthonormal."""
     torch.manual_seed(0)
-    sae = SAE(d_model, n_features)
-    names = [name for name, _ in sae.named_parameters()]
-    assert names == ["W_enc", "b_enc", "W_dec", "b_dec"]
-    W_enc, b_enc, W_dec, b_dec = weights_of(sae)
-    for weight, fan in (W_enc, d_model), (b_enc, d_model), (b_dec, n_features):
+    W_enc, b_enc, W_dec, b_dec = weights_of(SAE(64, 1000))
+    for weight, fan in (W_enc, 64), (b_enc, 64), (b_dec, 1000):
         bound = fan**-0.5
         assert 0.8 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)  # uniform
-        assert abs(weight.mean()) < 0.3 * bound
-    smaller = W_dec.T @ W_dec if n_features >= d_model else W_dec @ W_dec.T
-    assert (smaller - torch.eye(len(smaller))).abs().max() < 1e-5
-    for parameter in sae.parameters():
-        assert parameter.is_contiguous()
+    assert (W_dec.T @ W_dec - torch.eye(64)).abs().max() < 1e-5
 
 
 def test_dictionary_has_unit_rows():
@@ -1142,19 +1048,16 @@ def loss_by_hand(gpt, tokens, weights, loss, layer):
     return terms
 
 
-@pytest.mark.parametrize("share", [0.4, 0.03, 0])
 @pytest.mark.parametrize("loss, layer", [
     ("local", 0), ("local", 2),
     ("e2e", 0), ("e2e", 2),
     ("e2e_ds", 0), ("e2e_ds", 1),
     ("finish", 1),
 ])
-def test_losses_by_hand(gpt, loss, layer, share):
-    """Loss, terms and gradients are those of the formulas, whatever share of features is active."""
+def test_losses_by_hand(gpt, loss, layer):
+    """Loss, terms and gradients are those of the formulas."""
     tokens = VAL[:4]
     sae = make_sae()
-    x = e2e_sae.entering(gpt, tokens, layer)
-    sae.b_enc.data -= (x @ sae.W_enc + sae.b_enc).detach().quantile(1 - share) + 1e-3
     weights = [weight.requires_grad_() for weight in weights_of(sae)]
     expected = loss_by_hand(gpt, tokens, weights, loss, layer)
     expected["loss"].backward()
@@ -1162,19 +1065,17 @@ def test_losses_by_hand(gpt, loss, layer, share):
         gpt.h = gpt.h[:layer]
         gpt.ln_f = None
 
-    config = e2e_sae.Config(
-        model="stdlib", loss=loss, layer=layer, sparsity=0.7, downstream=1.3)
+    config = Config(model="stdlib", loss=loss, layer=layer, sparsity=0.7, downstream=1.3)
     total, terms = compute_loss(gpt, sae, tokens, config)
     total.backward()
 
-    assert terms.keys() == TERMS[loss]
+    assert terms.keys() == terms_of(loss)
     assert terms["mse"].requires_grad == (loss in ("local", "finish"))
     assert abs(total - expected["loss"]) < 1e-10
     for name, value in terms.items():
-        assert abs(value - expected[name]) < (1e-6 if name == "l0" else 1e-10), name
+        assert abs(value - expected[name]) < 1e-6, name
     for parameter, weight in zip(sae.parameters(), weights):
         assert (parameter.grad - weight.grad).abs().max() < 1e-10
-    assert weights[-1].grad.any()
     assert all(parameter.grad is None for parameter in gpt.parameters())
 
 
@@ -1197,14 +1098,13 @@ def test_step_at_the_papers_sizes(loss):
         sae = SAE(768, 46_080)
         tokens = torch.zeros(16, 1024, dtype=torch.long)
     with MetaOnly():
-        total, _ = compute_loss(gpt, sae, tokens, e2e_sae.Config(loss=loss))
+        total, _ = compute_loss(gpt, sae, tokens, Config(loss=loss))
         total.backward()
     for parameter in sae.parameters():
         assert parameter.grad.is_contiguous()
-        assert parameter.grad.shape == parameter.shape
 
 
-@pytest.mark.parametrize("n, vocab", [(20, 33), (7, 300_001), (70, 150_000)])
+@pytest.mark.parametrize("n, vocab", [(7, 300_001), (65, 131_073)])
 def test_kl_loss(n, vocab):
     """KLLoss and its gradient are those of the formula, also for more than one chunk."""
     h = torch.randn(n, 2, dtype=torch.double, requires_grad=True)
@@ -1213,34 +1113,39 @@ def test_kl_loss(n, vocab):
     log_p = (h_clean @ unembedding.T).log_softmax(-1)
     log_q = (h @ unembedding.T).log_softmax(-1)
     expected = kl_by_hand(log_p, log_q).mean()
-    (expected_gradient,) = torch.autograd.grad(3 * expected, h)
+    (expected_gradient,) = torch.autograd.grad(expected, h)
 
     kl = KLLoss.apply(h, h_clean, unembedding)
-    (gradient,) = torch.autograd.grad(3 * kl, h)
+    (gradient,) = torch.autograd.grad(kl, h)
 
     assert abs(kl - expected) < 1e-12
     assert (gradient - expected_gradient).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("loss", FACTORS)
-def test_compiled_loss_equals_eager(tiny, loss):
-    """Compiled once, as one graph, a loss and its gradients are the same; in bfloat16 nearly so."""
+def test_compiled_losses_equal_eager(tiny):
+    """Compiled once, as one graph, losses and gradients are the same; in bfloat16 nearly so."""
     gpt = GPT.from_pretrained(tiny)
     sae = make_sae().float()
-    config = e2e_sae.Config(model="stdlib", loss=loss, layer=1)
-    torch._dynamo.reset()
+    configs = [Config(model="stdlib", loss=loss, layer=1) for loss in FACTORS]
+
+    def losses(tokens):
+        values = []
+        for config in configs:
+            loss, terms = compute_loss(gpt, sae, tokens, config)
+            values += [loss] + list(terms.values())
+        return values
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(compute_loss, fullgraph=True, backend=counter)
+    compiled = torch.compile(losses, fullgraph=True, backend=counter)
     for tokens in VAL[:8].split(4):
-        results = []
-        for function in compiled, compute_loss:
-            total, terms = function(gpt, sae, tokens, config)
-            gradients = torch.autograd.grad(total, sae.parameters())
-            results.append([total] + list(terms.values()) + list(gradients))
-        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+        found = compiled(tokens)
+        expected = losses(tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        gradients = torch.autograd.grad(sum(found), sae.parameters())
+        expected_gradients = torch.autograd.grad(sum(expected), sae.parameters())
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded, _ = compute_loss(gpt, sae, tokens, config)
-        assert abs(rounded - total) < 0.02 * total
+            rounded = losses(tokens)
+        torch.testing.assert_close(rounded, expected, rtol=0.02, atol=0)
     assert counter.frame_count == 1
 
 
@@ -1303,7 +1208,7 @@ def test_evaluation_by_hand(gpt):
 ])
 def test_defaults_are_the_papers(loss, layer, sparsity, downstream):
     """For GPT-2 the defaults are the paper's numbers, spelled out."""
-    config = e2e_sae.Config(loss=loss, layer=layer)
+    config = Config(loss=loss, layer=layer)
     layer = layer or 6
     assert vars(config) == {
         "model": "gpt2", "text": "openwebtext", "layer": layer, "loss": loss, "init": None,
@@ -1316,10 +1221,11 @@ def test_defaults_are_the_papers(loss, layer, sparsity, downstream):
 
 def test_defaults_of_a_folder(tiny):
     """A model in a folder gets the paper's settings, fitted to its sizes, and needs --text."""
-    config = e2e_sae.Config(model=str(tiny), text="stdlib")
+    config = Config(model=str(tiny), text="stdlib")
     assert (config.layer, config.context, config.n_features) == (1, 32, 960)
     assert (config.lr, config.sparsity, config.n_sequences) == (5e-4, 1.5, 400_000)
-    error_of(call_of(e2e_sae.Config, str(tiny)), tiny, "--text")
+    with refused(tiny, "--text"):
+        Config(str(tiny))
 
 
 # ---- e2e_sae.py: SAEs in files -------------------------------------------------------------------
@@ -1341,47 +1247,48 @@ FLAT_CFG = {  # SAELens in 2024; features are computed from x - b_dec
 
 
 def write_sae(kind):
-    """Write an SAE as the file or folder `kind`. Returns its weights."""
-    sae = make_sae().float()
-    weights = weights_of(sae)
+    """Write an SAE, in whose dictionary row 3 is zero, as the file or folder `kind`. Returns its
+    weights."""
+    weights = weights_of(make_sae().float())
     W_enc, b_enc, W_dec, b_dec = weights
+    W_dec[3] = 0
     if kind == "x.pt":  # as the paper's
-        tensors = {"encoder.0.weight": W_enc.T, "encoder.0.bias": b_enc,
-                   "decoder.weight": W_dec.T, "decoder.bias": b_dec}
-        named = {f"blocks-1-hook_resid_pre.{name}": t for name, t in tensors.items()}
-        torch.save(named, kind)
+        tensors = {
+            "blocks-1-hook_resid_pre.encoder.0.weight": W_enc.T,
+            "blocks-1-hook_resid_pre.encoder.0.bias": b_enc,
+            "blocks-1-hook_resid_pre.decoder.weight": W_dec.T,
+            "blocks-1-hook_resid_pre.decoder.bias": b_dec,
+        }
+        torch.save(tensors, kind)
         return weights
-    e2e_sae.save_sae(sae, kind, "model", 1, 32)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    norms = W_dec.norm(dim=1).clamp(min=0.1)
     if kind == "saelens":  # rows may have any length there: divide the features by it
-        norms = W_dec.norm(dim=1)
+        cfg = CFG
         tensors["W_enc"] = W_enc / norms
         tensors["b_enc"] = b_enc / norms
-        save_file(tensors, "saelens/sae_weights.safetensors")
-    if kind == "flat":
-        norms = W_dec.norm(dim=1, keepdim=True)
-        tensors["W_dec"] = W_dec / norms
+    else:  # "flat"
+        cfg = FLAT_CFG
+        tensors["W_dec"] = W_dec / norms[:, None]
         tensors["b_enc"] = b_enc + b_dec @ W_enc
-        save_file(tensors, "flat/sae_weights.safetensors")
-        Path("flat/cfg.json").write_text(json.dumps(FLAT_CFG))
+    gpt2.write_json(f"{kind}/cfg.json", cfg)
+    save_file(tensors, f"{kind}/sae_weights.safetensors")
     return weights
 
 
-@pytest.mark.parametrize("kind, made_for", [
-    ("run", {"model": "model", "layer": 1, "context": 32}),
-    ("saelens", {"model": "model", "layer": 1, "context": 32}),
-    ("flat", {"model": "gpt2", "layer": 1, "context": 1024}),
-    ("x.pt", {"model": "gpt2", "layer": 1, "context": 1024}),
-])
-def test_load_an_sae(tmp_path, monkeypatch, capsys, kind, made_for):
-    """An SAE in any of the formats computes what was written, and nothing is noted about it."""
+@pytest.mark.parametrize("kind, model, context", [
+    ("saelens", "model", 32), ("flat", "gpt2", 1024), ("x.pt", "gpt2", 1024)])
+def test_load_an_sae(tmp_path, monkeypatch, capsys, kind, model, context):
+    """An SAE in any of the formats computes what was written, and nothing is noted about it; a
+    feature whose row is zero is never active."""
     monkeypatch.chdir(tmp_path)
-    x = torch.linspace(-2, 2, 80).cos().view(5, 16)
+    x = torch.randn(5, 16)
     features, x_hat = sae_by_hand(write_sae(kind), x)
+    features[:, 3] = 0
     sae = e2e_sae.load_sae(kind)
     torch.testing.assert_close(sae.encode(x), features, rtol=0, atol=1e-5)
     torch.testing.assert_close(sae(x), x_hat, rtol=0, atol=1e-5)
-    assert sae.made_for == made_for
+    assert sae.made_for == {"model": model, "layer": 1, "context": context}
     assert capsys.readouterr().err == ""
 
 
@@ -1397,7 +1304,7 @@ def test_saved_sae_is_saelens(tmp_path):
     torch.testing.assert_close(t["W_dec"].norm(dim=1), torch.ones(40))
 
 
-@pytest.mark.parametrize("kwargs", [None, {}, {"center_writing_weights": False}])
+@pytest.mark.parametrize("kwargs", [None, {"center_writing_weights": False}])
 def test_note_on_a_stream_with_its_mean(tmp_path, capsys, kwargs):
     """An SAE that was made for another stream gets one line on stderr, once."""
     e2e_sae.save_sae(make_sae(), tmp_path, "model", 1, 32)
@@ -1420,25 +1327,24 @@ def test_sae_of_another_kind(tmp_path, keys, value):
     """What would change the mathematics is refused by name, with its value."""
     e2e_sae.save_sae(make_sae(), tmp_path, "model", 1, 32)
     change_json(tmp_path / "cfg.json", keys, value)
-    error_of(call_of(e2e_sae.load_sae, tmp_path), "cfg.json", keys[-1], repr(value))
+    with refused("cfg.json", keys[-1], repr(value)):
+        e2e_sae.load_sae(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["run", "saelens", "flat", "x.pt", "apollo:x"])
-def test_start_from_an_sae(here, hub, monkeypatch, kind):
-    """A run starts from exactly this SAE, also if it was stopped before its first step."""
-    write_sae(kind.replace("apollo:x", "x.pt"))
-    url = "/apollo-research/e2e-saes-gpt2/resolve/713515193ec799fd17bd7f6ccf6f209332b07f7d/x.pt"
-    if kind == "apollo:x":
-        hub.files[url] = Path("x.pt").read_bytes()
+def test_start_from_an_sae(here, hub, monkeypatch):
+    """A run starts from exactly one of the paper's SAEs, also if it was stopped at once."""
+    write_sae("x.pt")
+    revision = "713515193ec799fd17bd7f6ccf6f209332b07f7d"
+    hub.files[f"/apollo-research/e2e-saes-gpt2/resolve/{revision}/x.pt"] = Path("x.pt").read_bytes()
     seen = []
 
     def stop(gpt, sae, tokens, config):
         seen.append(weights_of(sae))
         raise KeyboardInterrupt
     monkeypatch.setattr(e2e_sae, "compute_loss", stop)
-    assert command(RUN + f"--loss finish --init {kind} --out out") == 130
+    assert command(RUN + "--loss finish --init apollo:x --out out") == 130
     assert command("--resume out") == 130
-    expected = weights_of(e2e_sae.load_sae(kind))
+    expected = weights_of(e2e_sae.load_sae("x.pt"))
     for weights in seen:
         torch.testing.assert_close(weights, expected, rtol=0, atol=0)
     assert len(seen) == 2
@@ -1450,11 +1356,6 @@ RUN = ("--model model --text text --layer 1 --context 32 --n-features 40 --n-seq
        "--batch-size 4 --lr 0.002 --n-eval 8 --checkpoint-minutes 0 ")
 # For two processes: a batch that does not divide evenly, and a single held-out sequence
 ODD_RUN = RUN + "--batch-size 5 --n-sequences 200 --n-eval 1 --loss e2e_ds "
-
-
-def see(path):
-    """The content of a JSON file."""
-    return json.loads(Path(path).read_text())
 
 
 def checkpoint(run):
@@ -1473,43 +1374,24 @@ def log_of(run):
 def command(line):
     """Run e2e_sae.py in this process. Returns its exit code."""
     with pytest.raises(SystemExit) as end:
-        run_command(call_of(e2e_sae.main, line.split()))
+        run_command(partial(e2e_sae.main, line.split()))
     return end.value.code or 0
 
 
 def fails(capsys, line, *words):
     """Assert that a command ends with an error of one line that contains these words."""
-    code = command(line)
+    assert command(line)
     error = capsys.readouterr().err
-    assert code
     assert error.startswith("error:")
     assert error.count("\n") == 1
     for word in words:
         assert word in error
 
 
-def at_call(patch, module, name, nth, before=None, after=None):
-    """At the nth call of module.name, call before() and after() around it."""
-    real = getattr(module, name)
-    calls = itertools.count(1)
-
-    def counted(*args, **more):
-        now = next(calls) == nth
-        if now and before:
-            before()
-        result = real(*args, **more)
-        if now and after:
-            after()
-        return result
-    patch.setattr(module, name, counted)
-
-
 def send(*numbers):
-    """A function that raises these signals."""
-    def act():
-        for number in numbers:
-            signal.raise_signal(number)
-    return act
+    """Send these signals to this process."""
+    for number in numbers:
+        signal.raise_signal(number)
 
 
 @pytest.fixture(scope="session")
@@ -1519,13 +1401,13 @@ def runs(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(tiny, folder / "model")
     (folder / "text").mkdir()
-    for split, tokens in TEXT.items():
-        tokens.tofile(folder / "text" / f"{split}.bin")
+    TRAIN.numpy().astype(np.uint16).tofile(folder / "text/train.bin")
+    VAL.numpy().astype(np.uint16).tofile(folder / "text/val.bin")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert command(RUN + "--out whole") == 0
         assert command(ODD_RUN + "--out one") == 0
-        at_call(patch, e2e_sae, "compute_loss", 14, before=send(signal.SIGTERM))
+        at_call(patch, e2e_sae, "compute_loss", 14, send, signal.SIGTERM)
         assert command(RUN + "--out stopped") == 128 + signal.SIGTERM
     return folder
 
@@ -1543,7 +1425,7 @@ def test_training_lowers_its_loss(here, loss):
     """Each loss falls, its log has its terms, and the saved SAE gives the figures of eval.json."""
     assert command(RUN + f"--loss {loss} --sparsity 0.01 --lr 0.01 --out out") == 0
     log = log_of("out")
-    assert log[0].keys() == {"step", "loss", "lr", "grad_norm"} | TERMS[loss]
+    assert log[0].keys() == {"step", "loss", "lr", "grad_norm"} | terms_of(loss)
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     sae = e2e_sae.load_sae("out")
     found = evaluate(GPT.from_pretrained("model"), sae, VAL[::25], 1)  # spread evenly
@@ -1591,18 +1473,19 @@ def test_training_on_a_gpu(here, loss, way, tolerance):
     line += f"--device cuda {way} --out gpu"
     environment = dict(os.environ)
     del environment["CUDA_VISIBLE_DEVICES"]  # set above, for this process
-    subprocess.run([sys.executable, HERE / "e2e_sae.py"] + line.split(), env=environment, check=True)
+    arguments = [sys.executable, HERE / "e2e_sae.py"] + line.split()
+    subprocess.run(arguments, env=environment, check=True)
     for line, expected in zip(log_of("gpu"), log_of("cpu"), strict=True):
         assert line == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 3, 1])
-def test_recipe(here, micro_batch):
-    """Order of the text, warm-up, cosine, clipping and Adam, over more sequences than there are."""
+def test_recipe(here):
+    """Order of the text, warm-up, cosine, clipping and Adam, over more sequences than there are,
+    in micro-batches that do not divide the batch."""
     assert command(RUN + "--n-sequences 240 --sparsity 500 --seed 3 --lr 0.01 --loss local "
-                   f"--out out --micro-batch {micro_batch}") == 0
+                   "--out out --micro-batch 3") == 0
     log = {line["step"]: line for line in log_of("out")}
-    config = e2e_sae.Config(model="stdlib", loss="local", layer=1, sparsity=500.0)
+    config = Config(model="stdlib", loss="local", layer=1, sparsity=500.0)
     gpt = GPT.from_pretrained("model")
     torch.manual_seed(3)
     sae = SAE(16, 40)
@@ -1707,20 +1590,18 @@ def test_signal_to_two_processes(here, target):
 def test_more_processes_than_sequences(here):
     """Two processes cannot share a batch of one sequence: one line says so, nothing is written."""
     process = torchrun(RUN + "--batch-size 1 --out out")
-    errors = [error for error in process.stderr.splitlines() if error.startswith("error:")]
+    (error,) = re.findall("^error: (.*)", process.stderr, re.MULTILINE)
+    assert "--batch-size 1" in error
     assert process.returncode != 0
-    assert len(errors) == 1
-    assert "--batch-size 1" in errors[0]
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("line", [
-    "--evaluate whole", "--plot whole", "--compare whole", "--features whole"])
-def test_views_under_torchrun(here, monkeypatch, line):
+@pytest.mark.parametrize("action", ["--evaluate", "--plot", "--compare", "--features"])
+def test_views_under_torchrun(here, monkeypatch, action):
     """What only one process can do is refused under torchrun."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    action = line.split()[0]
-    error_of(call_of(e2e_sae.main, line.split()), action, "torchrun")
+    with refused(action, "torchrun"):
+        e2e_sae.main([action, "whole"])
 
 
 # ---- e2e_sae.py: runs that are killed, stopped, short of disk or not finite ----------------------
@@ -1733,18 +1614,13 @@ MOMENTS = [  # module, function, which of its calls
 ]
 
 
-def run_until_killed(patch, line, module, name, nth, when):
-    """Run a command, but end the process as kill -9 does, before or after a call."""
-    at_call(patch, module, name, nth, **{when: kill_9})
-    command(line)
-
-
 def test_killed_at_many_moments(here, monkeypatch):
     """A run that is killed again and again ends with the same files as one that is not."""
     line = RUN + "--out out"
-    for moment, when in itertools.product(MOMENTS, ("before", "after")):
-        module, name, nth = moment
-        assert killed(call_of(run_until_killed, monkeypatch, line, module, name, nth, when))
+    for module, name, nth in MOMENTS:
+        with monkeypatch.context() as during:
+            at_call(during, module, name, nth, kill_9)
+            assert killed(partial(command, line))
         with open("out/log.jsonl", "a") as log:
             log.write('{"step": 1')  # as if killed within a line
         line = "--resume out"
@@ -1758,16 +1634,13 @@ def test_killed_at_many_moments(here, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals(here, monkeypatch, number):
     """The first signal saves after the step, the second ends at once; handlers are restored."""
-    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler,
-             signal.SIGHUP: signal.SIG_DFL}
-    for each, handler in usual.items():
-        signal.signal(each, handler)
-    at_call(monkeypatch, e2e_sae, "compute_loss", 7, before=send(number))
+    usual = signal.signal(number, signal.default_int_handler)
+    at_call(monkeypatch, e2e_sae, "compute_loss", 7, send, number)
     assert command(RUN + "--out out --checkpoint-minutes 9") == 128 + number
     assert log_of("out")[-1]["step"] == 7
     assert checkpoint("out")["step"] == 7
 
-    at_call(monkeypatch, e2e_sae, "compute_loss", 2, before=send(number, signal.SIGINT))
+    at_call(monkeypatch, e2e_sae, "compute_loss", 2, send, number, signal.SIGINT)
     assert command("--resume out") == 130
     assert checkpoint("out")["step"] == 7
 
@@ -1775,8 +1648,7 @@ def test_signals(here, monkeypatch, number):
     log = [line for line in log_of("out") if line["step"] != 7]
     assert log == log_of("whole")
     assert see("out/eval.json") == see("whole/eval.json")
-    for each, handler in usual.items():
-        assert signal.getsignal(each) == handler
+    assert signal.signal(number, usual) == signal.default_int_handler
 
 
 def test_full_disk(here, monkeypatch, capsys):
@@ -1787,13 +1659,10 @@ def test_full_disk(here, monkeypatch, capsys):
     def save_to_full_disk(state, file):
         with open("/dev/full", "wb") as full:
             save(state, full)
-    with monkeypatch.context() as during:
-        during.setattr(torch, "save", save_to_full_disk)
-        fails(capsys, "--resume stopped", "cannot write stopped/checkpoint.pt")
+    monkeypatch.setattr(torch, "save", save_to_full_disk)
+    fails(capsys, "--resume stopped", "cannot write stopped/checkpoint.pt")
     assert Path("stopped/checkpoint.pt").read_bytes() == before
     assert not list(here.rglob("*.part"))
-    assert command("--resume stopped") == 0
-    assert see("stopped/eval.json") == see("whole/eval.json")
 
 
 def test_loss_that_is_not_finite(here, monkeypatch, capsys):
@@ -1817,7 +1686,7 @@ def test_run_in_use(here, capsys):
 def test_resume_with_another_text(here, capsys):
     """A text of another length is refused: the order of the batches would change."""
     shutil.copytree("text", "longer")
-    np.tile(TEXT["train"], 2).tofile("longer/train.bin")
+    np.zeros(12_800, np.uint16).tofile("longer/train.bin")
     change_json(Path("stopped/config.json"), ["text"], str(here / "longer"))
     fails(capsys, "--resume stopped", "6,400 tokens", "12,800")
 
@@ -1850,6 +1719,7 @@ MISTAKES = """
 --lay 1
 stray
 --model nowhere
+--model gpt3: gpt2-xl or stdlib
 --text nowhere: nowhere
 --out whole: --resume whole
 --out model/config.json/x: x
@@ -1871,20 +1741,11 @@ stray
 """.strip().splitlines()
 DAMAGE = [  # an action, a file that it reads, and what becomes of it: bytes, or how much is left
     ("--resume stopped", "stopped/config.json", 40),
-    ("--resume stopped", "stopped/config.json", b"[1]"),
-    ("--resume stopped", "stopped/config.json", b"\xff"),
-    ("--resume stopped", "stopped/checkpoint.pt", 0),
-    ("--resume stopped", "stopped/checkpoint.pt", 99),
     ("--resume stopped", "stopped/checkpoint.pt", -1),
     ("--resume stopped", "stopped/checkpoint.pt", b"hello"),
-    ("--evaluate whole", "whole/cfg.json", 0),
     ("--evaluate whole", "whole/cfg.json", b"{}"),
-    ("--evaluate whole", "whole/sae_weights.safetensors", 0),
-    ("--evaluate whole", "whole/sae_weights.safetensors", 50),
     ("--evaluate whole", "whole/sae_weights.safetensors", -1),
     ("--plot whole", "whole/eval.json", 9),
-    ("--evaluate x.pt", "x.pt", 0),
-    ("--evaluate x.pt", "x.pt", 99),
     ("--evaluate x.pt", "x.pt", -1),
 ]
 
@@ -1926,15 +1787,10 @@ def test_effects_by_hand(gpt):
     sae = make_sae()
     clean, log_p = run(gpt, tokens)
     features, _ = sae_by_hand(weights_of(sae), clean[1])
-    effect = e2e_sae.effects(gpt, sae, tokens, 1)
-    for i in range(9):
-        kl = []
-        for factor in 1 - 1e-4, 1 + 1e-4:
-            scaled = features.clone()
-            scaled[..., i] *= factor
-            _, log_q = run(gpt, tokens, 1, sae.decode(scaled))
-            kl.append(kl_by_hand(log_p, log_q).sum().item())
-        assert kl[0] - kl[1] == pytest.approx(2e-4 * effect[i].item(), rel=1e-3)
+    scale = torch.ones(40, dtype=torch.float64, requires_grad=True)
+    _, log_q = run(gpt, tokens, 1, sae.decode(features * scale))
+    (slope,) = torch.autograd.grad(kl_by_hand(log_p, log_q).sum(), scale)
+    torch.testing.assert_close(e2e_sae.effects(gpt, sae, tokens, 1), -slope)
     counts = e2e_sae.firing_counts(gpt, sae, tokens, 1)
     assert torch.equal(counts, (features > 0).sum((0, 1)))
 
@@ -2005,8 +1861,7 @@ def make_page(ids=""):
     """Make the page. Returns it, and the ids of its features in their order."""
     assert command(f"--features a'<b> {ids} --text text --n-eval 40") == 0
     page = Path("a'<b>/features.html").read_text()
-    elements = Elements(page).found
-    return page, [int(attributes["id"]) for tag, attributes in elements if tag == "h2"]
+    return page, [int(i) for i in re.findall('<h2 id="(.*?)">', page)]
 
 
 def test_features_page_is_safe(page_sae):
@@ -2045,40 +1900,38 @@ def test_features_page_shows_what_matters(page_sae):
 
 
 def test_features_page_of_given_ids(page_sae):
-    """The features asked for are shown, in that order."""
+    """The features asked for are shown, in that order, even one whose row of the dictionary is zero
+    (it is near no element, not even itself)."""
+    page_sae.W_dec.data[7] = 0
+    e2e_sae.save_sae(page_sae, "a'<b>", "model", 1, 32)
     _, shown = make_page("7 3")
     assert shown == [7, 3]
 
 
-def test_features_page_of_a_dead_element(page_sae):
-    """An element whose row is zero, which is near none, not even itself, has a section, too."""
-    page_sae.W_dec.data[7] = 0
-    e2e_sae.save_sae(page_sae, "a'<b>", "model", 1, 32)
-    _, shown = make_page("7")
-    assert shown == [7]
+def test_features_page_of_a_file(here):
+    """The page of an SAE that is a file lies beside it."""
+    write_sae("x.pt")
+    assert command("--features x.pt 3 --model model --context 32 --text text --n-eval 8") == 0
+    assert '<h2 id="3">' in Path("x.pt.html").read_text()
 
 
-NAMES = {"a": 1, "same": 1, "other": 2}  # of SAEs, and their seeds
-
-
-def alive_elements(name, x):
-    """Write an SAE, 100 of whose 500 elements are dead; the others, and their indices."""
-    seed = NAMES[name]
+def alive_elements(name, seed, n_dead):
+    """Write an SAE that shares 300 of its 500 elements with all others, and whose first n_dead are
+    never active, the rest always. Return the rest, and their indices."""
     sae = make_sae(500, seed).float()
-    sae.b_enc.data[:100] -= 99 * seed
+    sae.W_dec.data[:300] = make_sae(500).W_dec[:300]
+    sae.b_enc.data.fill_(99)
+    sae.b_enc.data[:n_dead] = -99
     e2e_sae.save_sae(sae, name, "model", 1, 32)
-    fired = (sae.encode(x) > 0).flatten(0, 1).any(0)
-    alive = fired.nonzero()[:, 0]
-    return sae.dictionary[alive].detach(), alive
+    return sae.dictionary[n_dead:].detach(), torch.arange(n_dead, 500)
 
 
 def test_compare(here, capsys):
     """Each row compares the alive elements of two SAEs, or an SAE's with one another."""
-    x = e2e_sae.entering(GPT.from_pretrained("model"), VAL[::4], 1)
-    elements = {name: alive_elements(name, x) for name in NAMES}
-    assert command("--compare a same other --text text --n-eval 50") == 0
-    lines = capsys.readouterr().out.splitlines()[1:7]
-    pairs = itertools.combinations_with_replacement(NAMES, 2)
+    elements = {"a": alive_elements("a", 2, 100), "b": alive_elements("b", 3, 200)}
+    assert command("--compare a b --text text --n-eval 50") == 0
+    lines = capsys.readouterr().out.splitlines()[1:4]
+    pairs = ("a", "a"), ("a", "b"), ("b", "b")
     for line, pair in zip(lines, pairs, strict=True):
         rows, index = elements[pair[0]]
         other_rows, other_index = elements[pair[1]]
@@ -2094,7 +1947,6 @@ def test_compare(here, capsys):
         assert float(cosine) == pytest.approx(cosines.amax(1).mean().item(), abs=6e-4)
         assert float(by_chance) == pytest.approx(chance.item(), abs=0.01)
         assert float(share) == pytest.approx(100 * same.item(), abs=0.06)
-        assert (same == 1) == (pair == ("a", "same"))
 
 
 def test_table(here, capsys):
@@ -2164,14 +2016,14 @@ BY_HAND = {  # pieces of the text, in order
 }
 
 
-@pytest.mark.parametrize("concept, pieces", BY_HAND.items())
-def test_concepts_by_hand(concept, pieces):
+def test_concepts_by_hand():
     """A concept holds at the bytes of exactly these pieces of the text."""
     source = SAMPLE.encode()
-    marks = concepts.concepts(SAMPLE)[concept].astype(int)
-    edges = np.flatnonzero(np.diff(marks, prepend=0, append=0))
-    found = [source[a:b].decode() for a, b in edges.reshape(-1, 2)]
-    assert found == pieces
+    marks = concepts.concepts(SAMPLE)
+    for concept, pieces in BY_HAND.items():
+        edges = np.flatnonzero(np.diff(marks[concept].astype(int), prepend=0, append=0))
+        found = [source[a:b].decode() for a, b in edges.reshape(-1, 2)]
+        assert found == pieces, concept
 
 
 def test_labels_of_tokens(here, monkeypatch, capsys):
@@ -2184,12 +2036,9 @@ def test_labels_of_tokens(here, monkeypatch, capsys):
     tokenizer = gpt2.load_tokenizer("stdlib")
     tokens, labels = concepts.labelled_tokens(tokenizer)
     assert tokenizer.decode(tokens.tolist()) == f"{SAMPLE}<|endoftext|>y = 12\n<|endoftext|>"
-    n = len(tokenizer.encode_ordinary(SAMPLE))
-    lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in tokens[:n]]
-    last = np.cumsum(lengths) - 1
-    marks = concepts.concepts(SAMPLE)
-    for concept in BY_HAND:
-        assert (labels[concept][:n] == marks[concept][last]).all()
+    # The space in front belongs to the tokens, not to the names and numbers
+    assert tokenizer.decode(tokens[labels["name being defined"]].tolist()) == " Thing act"
+    assert tokenizer.decode(tokens[labels["number"]].tolist()) == " 2 12"
 
     concepts.print_concepts(["whole"])
     row = re.search(r"^number +(\S+)%", capsys.readouterr().out, re.MULTILINE)
@@ -2207,15 +2056,14 @@ def test_best_features_by_brute_force():
     """For each concept, no feature and threshold do better on the first half of the text."""
     rng = np.random.default_rng(0)
     truth = rng.random((3, 60)) < 0.3
-    x = torch.from_numpy(rng.integers(-6, 6, (60, 70))).float()  # with equal values
-    x[:, 66] = 1 + torch.from_numpy(truth[1] * np.arange(1, 61))  # this feature is concept 1
-    bias = torch.full((70,), -1.0)
-    f1, feature, threshold = concepts.best_features(torch.eye(70), bias, x, truth)
+    x = torch.from_numpy(rng.integers(-6, 6, (60, 9))).float()  # with equal values
+    bias = torch.full((9,), -1.0)
+    f1, feature, threshold = concepts.best_features(torch.eye(9), bias, x, truth)
     features = (x - 1).relu().numpy()
     for c in range(3):
         known = truth[c, :30]
         best = 0
-        for i in range(70):
+        for i in range(9):
             for value in features[:30, i]:
                 best = max(best, f1_by_hand(features[:30, i], value, known))
         chosen = features[:, feature[c]]
@@ -2223,8 +2071,6 @@ def test_best_features_by_brute_force():
         second = f1_by_hand(chosen[30:], threshold[c], truth[c, 30:])
         assert first == pytest.approx(best)
         assert second == pytest.approx(f1[c])
-    assert f1[1] == 1
-    assert feature[1] == 66
 
 
 # ---- README.md -----------------------------------------------------------------------------------

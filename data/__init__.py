@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,11 @@ def load_tokens(model, split, text=None):
             tokens = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
     else:
         tokens = encode_files(model, text)
-        n_val = len(tokens) // 20
-        tokens = tokens[len(tokens) - n_val :] if split == "val" else tokens[: len(tokens) - n_val]
+        n_train = len(tokens) - len(tokens) // 20
+        tokens = tokens[:n_train] if split == "train" else tokens[n_train:]
     rows = gpt2.model_config(model).vocab_size
-    ensure(len(tokens) == 0 or tokens.max() < rows,
-           f"--text {text} has the token {tokens.max(initial=0)}; --model {model} knows {rows}")
+    highest = tokens.max(initial=0)
+    ensure(highest < rows, f"--text {text} has the token {highest}; --model {model} knows {rows}")
     return tokens
 
 
@@ -68,8 +69,9 @@ def has_gpt2_vocabulary(model):
 
 def end_of_text(model, tokenizer):
     """The token that separates documents: config.json's eos_token_id, or else <|endoftext|>."""
-    if model not in SIZES:
-        token = gpt2.read_json(gpt2.model_folder(model, []) / "config.json").get("eos_token_id")
+    path = gpt2.model_folder(model, []) / "config.json"
+    if path.exists():
+        token = gpt2.read_json(path).get("eos_token_id")
         if type(token) is int and 0 <= token < tokenizer.n_vocab:
             return token
     ensure(gpt2.END_OF_TEXT in tokenizer.special_tokens_set,
@@ -84,8 +86,8 @@ def encode_files(model, path):
     ensure(path.exists(), f"--text {path}: no such file or folder, nor openwebtext or stdlib")
     paths = [path]
     if path.is_dir():
-        names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-        paths = [path / name for name in names if not re.search(r"(^|/)\.", name.as_posix())]
+        names = sorted(glob("**", root_dir=path, recursive=True))  # but no hidden ones
+        paths = [path / name for name in names if (path / name).is_file()]
     ensure(paths, f"--text {path}: the folder has no files")
     documents = []
     for file in paths:
@@ -104,10 +106,10 @@ def encode(model, documents):
     parts = []
     total = sum(len(document) for document in documents)
     for document in progress(documents, "encoding", total, "characters"):
-        cut = pieces(document)
+        cut = list(pieces(document))
         for first in range(0, len(cut), 64):  # a list of ids takes ten times the array's memory
             batch = cut[first : first + 64]
-            for ids in tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count()):
+            for ids in tokenizer.encode_ordinary_batch(batch):
                 parts.append(np.array(ids, dtype=dtype))
         parts.append(np.array([separator], dtype=dtype))
     return np.concatenate(parts)[:-1]
@@ -115,15 +117,13 @@ def encode(model, documents):
 
 def pieces(document, size=1 << 16):
     """Cut a document where the tokens cannot change: before white space that follows a word. None
-    of GPT-2's words contains such a place (see SPLIT in gpt2.py)."""
+    of GPT-2's words contains such a place (see SPLIT in gpt2.py). Yields the pieces."""
     cut = re.compile(r"(?<=\S)[ \n]")
-    result = []
     start = 0
     while match := cut.search(document, start + size):
-        result.append(document[start : match.start()])
+        yield document[start : match.start()]
         start = match.start()
-    result.append(document[start:])
-    return result
+    yield document[start:]
 
 
 def windows(tokens, context):

@@ -3,8 +3,8 @@
     python -m data.concepts SAE [SAE...]       # SAEs of one layer, as e2e_sae.py --evaluate takes
 
 `tokenize` and `ast` label each token with 37 concepts, from "keyword" to "loop body". For each
-concept this prints how well the best single feature of each SAE predicts it, next to three
-baselines. To look at the first SAE's feature, run e2e_sae.py --features SAE NUMBER.
+concept this prints how well the best single feature of each SAE predicts it, next to two baselines.
+To look at the first SAE's feature, run e2e_sae.py --features SAE NUMBER.
 """
 
 import argparse
@@ -198,7 +198,8 @@ def labelled_tokens(tokenizer):
         except (SyntaxError, tokenize.TokenError):
             continue  # this Python cannot parse the file
         tokens = tokenizer.encode_ordinary(source)
-        last = np.cumsum([len(tokenizer.decode_single_token_bytes(i)) for i in tokens]) - 1
+        lengths = [len(word) for word in tokenizer.decode_tokens_bytes(tokens)]
+        last = np.cumsum(lengths) - 1
         for concept, holds in marks.items():
             places[concept].extend(len(ids) + np.flatnonzero(holds[last]))
         ids += tokens + [tokenizer.eot_token]
@@ -241,16 +242,13 @@ def best_features(W_enc, b_enc, x, truth):
     arrays (concept,): F1 on the second half, feature, threshold.
     """
     half = len(x) // 2
-    known = x[:half].T  # (d_model, token)
     best = [(0, 0, np.inf)] * len(truth)  # F1, feature, threshold
-    i = 0
-    for W, b in zip(W_enc.split(64, dim=1), b_enc.split(64)):  # 64 features at once, for speed
-        features = torch.addmm(b[:, None], W.T, known)  # (feature, token), before the ReLU
-        for values in features.numpy():
-            for c, (f1, threshold) in enumerate(best_thresholds(values, truth[:, :half])):
-                if f1 > best[c][0]:
-                    best[c] = (f1, i, threshold)
-            i += 1
+    for i in range(len(b_enc)):
+        values = x[:half] @ W_enc[:, i] + b_enc[i]  # before the ReLU
+        found = best_thresholds(values.numpy(), truth[:, :half])
+        for c, (f1, threshold) in enumerate(found):
+            if f1 > best[c][0]:
+                best[c] = (f1, i, threshold)
     _, feature, threshold = np.array(best).T
     feature = feature.astype(int)
     chosen = x[half:] @ W_enc[:, feature] + b_enc[feature]  # (token, concept)
@@ -262,15 +260,11 @@ def baselines(x, sae):
     """Encoders to compare with, as {name: (W_enc, b_enc)}."""
     unit = torch.eye(x.shape[1])
     coordinates = torch.cat([unit, -unit], dim=1)  # each one above its mean, and below
-    # A random encoder, its bias moved so that as many features are active as the SAE's
     torch.manual_seed(0)
-    random = torch.nn.Linear(*sae.W_enc.shape)
-    sample = x[:2048]
-    n_zeros = int((sae.encode(sample) == 0).sum())
-    shift = random(sample).flatten().kthvalue(max(1, n_zeros)).values
+    untrained = e2e_sae.SAE(*sae.W_enc.shape)
     return {
-        "best coordinate of x": (coordinates, -x.mean(0) @ coordinates),
-        "random SAE": (random.weight.T, random.bias - shift),
+        "coordinates of x": (coordinates, -x.mean(0) @ coordinates),
+        "untrained SAE": (untrained.W_enc, untrained.b_enc),
     }
 
 
@@ -305,38 +299,36 @@ def print_table(concepts, share, f1, feature):
 
 @torch.no_grad()
 def print_concepts(names):
-    """Print the F1 of the best single feature for each concept: SAEs, baselines, always yes."""
+    """Print the F1 of the best single feature for each concept, of SAEs and of the baselines."""
     saes = {name: e2e_sae.load_sae(name) for name in names}
     first = saes[names[0]]
-    for sae in saes.values():
-        same = sae.made_for == first.made_for
-        ensure(same, f"{', '.join(names)}: give SAEs of one model, layer and context")
+    same = all(sae.made_for == first.made_for for sae in saes.values())
+    ensure(same, f"{names}: give SAEs of one model, layer and context")
     tokens, labels = labelled_tokens(load_tokenizer(first.made_for["model"]))
     x = residual_stream(tokens, **first.made_for)
     truth = np.stack(list(labels.values()))[:, : len(x)]  # (concept, token)
 
     encoders = {name: (sae.W_enc, sae.b_enc) for name, sae in saes.items()}
     encoders |= baselines(x, first)
-    f1 = {}  # of each column, (concept,)
-    features = {}
-    for name, (W_enc, b_enc) in encoders.items():
-        f1[name], features[name], _ = best_features(W_enc, b_enc, x, truth)
-    tested = truth[:, len(x) // 2 :]
-    f1["always yes"] = f1_score(np.ones_like(tested), tested)
+    columns = []  # of the table
+    features = []
+    for W_enc, b_enc in encoders.values():
+        f1, feature, _ = best_features(W_enc, b_enc, x, truth)
+        columns.append(f1)
+        features.append(feature)
 
     print(f"F1 of the best single feature for each concept, chosen on one half of {len(x):,} "
           "tokens, tested on the other")
-    for i, name in enumerate(f1, 1):
+    for i, name in enumerate(encoders, 1):
         print(f"  {i:2}: {name}")
-    columns = np.stack(list(f1.values()), axis=1)
-    print_table(list(labels), truth.mean(1), columns, features[names[0]])
+    print_table(list(labels), truth.mean(1), np.stack(columns, axis=1), features[0])
 
 
 def main():
     """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("saes", nargs="+", metavar="SAE", help="run folders, or as load_sae takes")
-    print_concepts(parser.parse_args().saes)
+    parser.add_argument("SAE", nargs="+", help="a run's folder, or what load_sae takes")
+    print_concepts(parser.parse_args().SAE)
 
 
 if __name__ == "__main__":

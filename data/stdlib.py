@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import gpt2
-from gpt2 import (
-    ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, load_tokenizer, run_command, writing)
+from gpt2 import ALPHABET, END_OF_TEXT, GPT, GPTConfig, ensure, run_command, writing
 
 
 # ---- The text ------------------------------------------------------------------------------------
@@ -49,12 +49,10 @@ def read_files(split):
             for name in names if split_of(name) == split}
 
 
-def load_tokens(tokenizer, split):
-    """Token ids of a split, its files joined by end-of-text: a 1-D tensor."""
-    tokens = []
-    for document in tokenizer.encode_ordinary_batch(list(read_files(split).values())):
-        tokens += document + [tokenizer.eot_token]
-    return torch.tensor(tokens[:-1])
+def load_tokens(folder, split):
+    """Token ids of a split, by the tokenizer in `folder`: a 1-D tensor."""
+    tokens = data.encode(folder, list(read_files(split).values()))
+    return torch.from_numpy(tokens.astype(np.int64))
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
@@ -191,8 +189,8 @@ def train_model(tokens, config, steps):
         adam.param_groups[0]["lr"] = lr * LR_REST
         adam.step()
         gpt.zero_grad()
-        if step % max(1, steps // 100) == 0:
-            print(f"step {step:,} of {steps:,}: loss {loss:.3f} nats", flush=True)
+        if step % 64 == 0:
+            print(f"step {step:,} of {steps:,}: loss {loss:.3f} nats")
     return gpt
 
 
@@ -205,7 +203,7 @@ def save_model(gpt, tokens, folder):
     out again (its epsilon is scaled too), and ln_f makes up for the unembedding, which is wte.
     """
     n = gpt.config.n_positions
-    x = gpt.embed(tokens[: 64 * n].unfold(0, n, n))
+    x = gpt.embed(tokens[: 64 * n].view(64, n))
     for block in gpt.h[: len(gpt.h) // 2]:
         x = block(x)
     scale = 1 / x.pow(2).mean().sqrt()
@@ -246,10 +244,9 @@ def make(folder, steps):
     """Make the tokenizer and the model in `folder`, from nothing; print the model's loss."""
     ensure(steps > 0, f"--steps {steps}: must be at least 1")
     write_tokenizer(train_bpe(read_files("train").values(), VOCAB_SIZE), folder)
-    tokenizer = load_tokenizer(folder)
-    train = load_tokens(tokenizer, "train")
+    train = load_tokens(folder, "train")
     save_model(train_model(train, CONFIG, steps), train, folder)
-    loss = validation_loss(GPT.from_pretrained(folder), load_tokens(tokenizer, "val"))
+    loss = validation_loss(GPT.from_pretrained(folder), load_tokens(folder, "val"))
     print(f"validation loss {loss:.3f} nats per token")
 
 
@@ -258,8 +255,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=gpt2.DATA / "stdlib", help="for the files")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training (default: {STEPS})")
-    arguments = parser.parse_args()
-    make(arguments.folder, arguments.steps)
+    make(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
