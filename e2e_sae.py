@@ -764,25 +764,28 @@ def load_sae(path_or_name, layer=None):
 
 def checked(tensors, names):
     """The weights of an SAE in float64, {"W_enc": ...}, from {name in the file: tensor}; `names`
-    are the file's for W_enc, b_enc, W_dec and b_dec. UserError, with the name, for a tensor that is
-    not one of the four, has the wrong shape, or is not finite."""
+    are the file's for W_enc, b_enc, W_dec and b_dec. UserError, with the names, for tensors that
+    are not these four, whose shapes do not fit together, or that are not finite."""
     ensure(tensors.keys() == set(names), f"its tensors are {sorted(tensors)} instead of {names}")
-    n_features, d_model = tensors[names[2]].shape
-    shapes = [(d_model, n_features), (n_features,), (n_features, d_model), (d_model,)]
+    shapes = [tuple(tensors[name].shape) for name in names]
+    n_features = tensors[names[1]].numel()
+    d_model = tensors[names[3]].numel()
+    fitting = [(d_model, n_features), (n_features,), (n_features, d_model), (d_model,)]
+    ensure(shapes == fitting and n_features > 0 and d_model > 0,
+           f"{', '.join(names)} have the shapes {shapes}, which do not fit together")
     weights = {}
-    for ours, name, shape in zip(WEIGHTS, names, shapes):
-        tensor = tensors[name]
-        ensure(tensor.shape == shape and 0 not in shape,
-               f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
-        weights[ours] = gpt2.finite_float32(name, tensor).double()
+    for ours, name in zip(WEIGHTS, names):
+        weights[ours] = gpt2.finite_float32(name, tensors[name]).double()
     return weights
 
 
 def scale_features(weights, scale):
     """Multiply the features by `scale` (n_features,), each at least 0: scale * relu(z) is
-    relu(scale * z). With 0 for a row of zeros in W_dec, its feature is never active."""
+    relu(scale * z). With 0 for a row of zeros in W_dec, its feature is never active. Then make the
+    rows of W_dec unit vectors: the gradient of a very short one would be very large."""
     weights["W_enc"] *= scale
     weights["b_enc"] *= scale
+    weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)  # eps: shortest norm
 
 
 def read_saelens(folder):
@@ -798,15 +801,13 @@ def read_saelens(folder):
         factor = tensors.pop("scaling_factor", torch.ones(1))
         ensure(bool((factor == 1).all()), "scaling_factor is not 1")
         weights = checked(tensors, WEIGHTS)
-        found = weights["W_enc"].shape
-        ensure(found == (cfg["d_in"], cfg["d_sae"]),
-               f"W_enc has the shape {tuple(found)}, but d_in and d_sae are {cfg['d_in']} and "
-               f"{cfg['d_sae']}")
+        found = tuple(weights["W_enc"].shape)
+        stated = (cfg.get("d_in"), cfg.get("d_sae"))
+        ensure(found == stated, f"W_enc is {found}, but cfg.json's d_in and d_sae are {stated}")
         if subtract_b_dec:  # features are computed from x - b_dec
             weights["b_enc"] -= weights["b_dec"] @ weights["W_enc"]
         # In SAELens rows may have any length. Move it into the features: x_hat stays the same.
         scale_features(weights, weights["W_dec"].norm(dim=1))
-        weights["W_dec"] = F.normalize(weights["W_dec"], dim=1)
     return weights, made_for
 
 
