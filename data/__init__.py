@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +80,14 @@ def end_of_text(model, tokenizer):
 
 @functools.lru_cache(maxsize=1)
 def encode_files(model, path):
-    """The tokens of a text file, or of all files below a folder, in the order of their paths."""
+    """The tokens of a text file, or of all files below a folder but hidden ones, in the order of
+    their paths."""
     path = Path(path)
     ensure(path.exists(), f"--text {path}: no such file or folder, nor openwebtext or stdlib")
     paths = [path]
     if path.is_dir():
-        names = sorted(glob("**", root_dir=path, recursive=True))  # but no hidden ones
-        paths = [path / name for name in names if (path / name).is_file()]
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        paths = [file for file in files if "/." not in str(file.relative_to(path.parent))]
     ensure(paths, f"--text {path}: the folder has no files")
     documents = []
     for file in paths:
@@ -110,8 +110,8 @@ def encode(model, documents):
         for first in range(0, len(cut), 64):  # a list of ids takes ten times the array's memory
             batch = cut[first : first + 64]
             for ids in tokenizer.encode_ordinary_batch(batch):
-                parts.append(np.array(ids, dtype=dtype))
-        parts.append(np.array([separator], dtype=dtype))
+                parts.append(np.array(ids, dtype))
+        parts.append(np.array([separator], dtype))
     return np.concatenate(parts)[:-1]
 
 
