@@ -889,12 +889,12 @@ def plot(folders, path):
     sizes = {}  # n_features: how many runs
     for folder in folders:
         run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
-        ensure(run["l0"] > 0 and run["ce_increase"] > 0,
-               f"{folder}: L0 and CE increase must be above 0 for axes with logarithmic scales")
-        key = (run["n_features"], run["loss"], run["seed"])
-        points = lines.setdefault(key, [])
-        points.append((run["l0"], run["ce_increase"]))
-        sizes[run["n_features"]] = sizes.get(run["n_features"], 0) + 1
+        point = (run["l0"], run["ce_increase"])
+        ensure(min(point) > 0, f"{folder}: L0 or CE increase is not above 0; axes are logarithmic")
+        n_features = run["n_features"]
+        sizes[n_features] = sizes.get(n_features, 0) + 1
+        points = lines.setdefault((n_features, run["loss"], run["seed"]), [])
+        points.append(point)
     for points in lines.values():
         points.sort()
     usual = max(sizes, key=sizes.get)
@@ -910,7 +910,7 @@ def plot(folders, path):
     draw(panels[0], curves, "active features per token (L0)", f"{usual:,} dictionary elements")
     if n_panels == 2:
         l0, curves = at_equal_l0(several)
-        draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}")
+        draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}, interpolated")
         panels[1].set_xticks(sorted(sizes))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -1260,7 +1260,9 @@ def main(arguments=None):
         *opened, config = open_sae(name, given)
         tokenizer = gpt2.load_tokenizer(config.model)
         page = features_page(*opened, tokenizer, name, [int(i) for i in ids])
-        path = f"{name}/features.html" if os.path.isdir(name) else f"{name}.html"
+        path = f"{name}.html"
+        if os.path.isdir(name):
+            path = f"{name}/features.html"
         with writing(path) as file:
             file.write(page.encode())
         print(f"{path}: open it in a browser")
