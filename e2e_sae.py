@@ -145,8 +145,8 @@ class KLLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             c = h_clean[part]
             s = h_spliced[part]
-            # Logits are (vocab, pos) here: rows of an odd length, as 50,257 is, are slower. Not
-            # y_hat = unembedding @ s.T: this way both have y's rounding error, and it cancels.
+            # Logits are (vocab, pos) here: rows of an odd length, as 50,257 is, are slower. And
+            # y_hat is W c + W (s - c), not W s: so both have y's rounding error, and it cancels.
             y = (unembedding @ c.T).to(c.dtype)  # back to float32 if autocast made it bfloat16
             y_hat = y + unembedding @ (s - c).T
             log_p = y.log_softmax(0)
@@ -202,7 +202,7 @@ def compute_loss(gpt, sae, tokens, config):
     """
     x = entering(gpt, tokens, config.layer)  # (batch, pos, d_model)
     features = sae.encode(x)  # (batch, pos, n_features)
-    x_hat = sae.decode(features).to(x.dtype)  # (batch, pos, d_model)
+    x_hat = sae.decode(features)  # (batch, pos, d_model)
     l0 = features.count_nonzero() / tokens.numel()
     l1 = features.sum(-1, dtype=x.dtype)  # (batch, pos); bfloat16 would be too coarse to sum in
     l1 = l1.mean() / x.shape[-1]  # divided by d_model, as mse is a mean over d_model
@@ -222,7 +222,7 @@ def compute_loss(gpt, sae, tokens, config):
         alpha = (mse / kl).detach()  # a constant that makes alpha * kl equal to mse
         return 0.5 * (alpha * kl + mse) + config.sparsity * l1, terms
 
-    terms["mse"] = mse.detach()  # only logged below; torch.compile would prepare its gradient
+    terms["mse"] = mse.detach()  # only logged; torch.compile would prepare its gradient
     if config.loss == "e2e":
         return kl + config.sparsity * l1, terms
 
@@ -257,15 +257,14 @@ def evaluate(gpt, sae, tokens, layer):
     l2_ratio_first       and at the first, where GPT-2's x is many times longer
     tokens               how many tokens
     """
-    tokens = torch.as_tensor(tokens, device=sae.b_dec.device).long()
+    tokens = torch.as_tensor(tokens, device=sae.b_dec.device).long()  # from any type of integer
     batches = tokens.split(4)  # the logits of more would be large
 
     mean = 0  # of the streams entering `layer` and each later block, over all tokens
     for batch in batches:
         x = entering(gpt, batch, layer)
         clean = torch.stack(run_blocks(gpt, x, layer)[:-1])  # (layers, batch, pos, d_model)
-        total = clean.sum((1, 2), keepdim=True)
-        mean = mean + total / tokens.numel()  # (layers, 1, 1, d_model)
+        mean += clean.sum((1, 2), keepdim=True) / tokens.numel()  # (layers, 1, 1, d_model)
 
     totals = {}
     fired = 0
@@ -299,7 +298,7 @@ def evaluate(gpt, sae, tokens, layer):
             totals[name] = totals.get(name, 0) + share * value
 
     # Ablation puts the mean of x at every position. Attention over equal values returns that value
-    # and positions are known only from x: all predictions are the same, a run over one is enough.
+    # and positions are known only from x: predictions are alike, a run over one position is enough.
     last = run_blocks(gpt, mean[0], layer)[-1]  # (1, 1, d_model)
     log_m = gpt.unembed(last).log_softmax(-1).flatten()  # (vocab,)
     ce = totals["ce"]
@@ -347,15 +346,16 @@ class Config:
     model: str = setting("gpt2, gpt2-medium, gpt2-large, gpt2-xl, stdlib, or a folder (gpt2)")
     text: str = setting("openwebtext, stdlib, a UTF-8 file, a folder of such files, or a folder "
                         "with train.bin and val.bin (what the model was trained on)")
-    layer: int = setting("the block, counted from 0, whose input the SAE replaces (6; stdlib 3)")
+    layer: int = setting("block (from 0) whose input is replaced (6; stdlib 3; folder: the middle)")
     loss: str = setting("local, e2e, e2e_ds or finish (e2e)", "e2e")
     init: str = setting("start from this SAE: a run's folder, an SAE of SAELens, a .pt file of the "
                         "paper's library, or apollo:NAME, one of the paper's own SAEs")
-    sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY})")
+    sparsity: float = setting(f"λ, the weight of l1 (by loss: {PAPER_SPARSITY}; "
+                              f"stdlib {STDLIB_SPARSITY})")
     downstream: float = setting("β, the weight of downstream_mse (2.5; gpt2's layer 10: 0.05)")
     n_features: int = setting("dictionary elements (60 d_model; stdlib 8 d_model)")
     n_sequences: int = setting("sequences to train on, in whole batches (400,000; stdlib 3,200)")
-    context: int = setting("tokens per sequence (1024; stdlib 128)")
+    context: int = setting("tokens per sequence (1024; stdlib 128; a folder: at most 1024)")
     batch_size: int = setting("sequences per optimizer step (16; stdlib 4)")
     lr: float = setting("Adam's learning rate, which falls to a tenth (5e-4; stdlib 5e-3)")
     n_eval: int = setting("held-out sequences to evaluate on (500)", 500)
@@ -536,9 +536,13 @@ def check_ranges(config, sizes):
 
 
 def check_start(config, world, resume):
-    """Raise UserError if a process has nothing to do, or a new run's folder exists."""
+    """Raise UserError if a process has no sequence or no GPU, or a new run's folder exists."""
     ensure(world <= config.batch_size,
            f"--batch-size {config.batch_size}: each of {world} processes needs a sequence")
+    local_rank = int(os.getenv("LOCAL_RANK", 0))
+    n_gpus = torch.cuda.device_count()
+    ensure(config.device != "cuda" or local_rank < n_gpus,
+           f"torchrun --nproc-per-node: there are only {n_gpus} GPUs here")
     ensure(resume or not os.path.exists(config.out),
            f"{config.out} exists: --resume {config.out}, or choose another --out")
 
@@ -629,7 +633,7 @@ def report(line, log, last, n_steps, config, signals):
     try:
         print(f"{step / n_steps:4.0%}", *shown, f"{speed:,.0f} tokens/s",
               f"{seconds * (n_steps - step):,.0f} s left", sep="  ")
-    except BrokenPipeError:
+    except OSError:  # a pipe or a terminal that was closed
         gpt2.discard_stdout()
         signals.append(signal.SIGPIPE)
 
@@ -781,11 +785,11 @@ def checked(tensors, names):
 
 def scale_features(weights, scale):
     """Multiply the features by `scale` (n_features,), each at least 0: scale * relu(z) is
-    relu(scale * z). With 0 for a row of zeros in W_dec, its feature is never active. Then make the
-    rows of W_dec unit vectors: the gradient of a very short one would be very large."""
+    relu(scale * z). Callers give 0 for a row of zeros in W_dec, so its feature is never active.
+    Then make the rows of W_dec unit vectors: the gradient of a very short one would be huge."""
     weights["W_enc"] *= scale
     weights["b_enc"] *= scale
-    weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)  # eps: shortest norm
+    weights["W_dec"] = F.normalize(weights["W_dec"], dim=1, eps=1e-300)  # eps: only for 0/0
 
 
 def read_saelens(folder):
@@ -818,7 +822,7 @@ def read_cfg(cfg):
     metadata = cfg if flat else cfg["metadata"]
     gpt2.check_entries(cfg, COMPUTED)
     gpt2.check_entries(metadata, COMPUTED)
-    if not flat:
+    if not flat:  # the flat layout and metadata also hold the training's settings, of any name
         known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
         for name in cfg.keys() - known - COMPUTED.keys():
             ensure(cfg[name] in OFF, f"{name} is {cfg[name]!r}")
@@ -851,10 +855,11 @@ def read_paper(path, layer):
             match = re.fullmatch(r"blocks-([0-9]+)-hook_resid_pre\.(.+)", key)
             ensure(match, f"{key} is not a weight of an SAE at blocks-N-hook_resid_pre")
             sae = saes.setdefault(int(match[1]), {})
-            sae[match[2]] = tensor.t()  # of our matrices; a vector stays as it is
-        if layer is None and len(saes) == 1:
-            layer = min(saes)
-        ensure(layer in saes, f"it has SAEs of the layers {sorted(saes)}: choose with --layer")
+            sae[match[2]] = tensor.t()  # nn.Linear's (out, in) -> our (in, out); vectors stay
+    if layer is None and len(saes) == 1:
+        layer = min(saes)
+    ensure(layer in saes, f"{path} has SAEs of the layers {sorted(saes)}: choose with --layer")
+    with reading(path):
         weights = checked(saes[layer], PAPER_WEIGHTS)
         # The paper's forward pass normalises rows as SAE.dictionary does. Silence rows of zeros.
         scale_features(weights, weights["W_dec"].any(dim=1))
@@ -888,6 +893,8 @@ def plot(folders, path):
     lines = {}  # (n_features, loss, seed): the runs with different λ
     sizes = {}  # n_features: how many runs
     for folder in folders:
+        ensure(os.path.exists(f"{folder}/eval.json"),
+               f"{folder} has no eval.json: if it is a run that was stopped, --resume {folder}")
         run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
         point = (run["l0"], run["ce_increase"])
         ensure(min(point) > 0, f"{folder}: L0 or CE increase is not above 0; axes are logarithmic")
@@ -1067,8 +1074,8 @@ def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
 
     body = []
     for feature, active in zip(ids, activations):
-        similar = dictionary @ dictionary[feature]
-        near = [i for i in similar.topk(4).indices.tolist() if i != feature]
+        similar = (dictionary @ dictionary[feature]).argsort(descending=True)
+        near = [i for i in similar[:4].tolist() if i != feature]
         share = effect[feature] / effect.sum()
         often = counts[feature] / tokens.numel()
         body.append(heading_html(feature, share, often, near, ids))
@@ -1193,7 +1200,7 @@ def evaluate_all(names, given):
     for name in names:
         if os.path.exists(f"{name}/log.jsonl") and not os.path.exists(f"{name}/cfg.json"):
             print(f"{name} is not finished; continue it with --resume {name}")
-        elif not name.endswith(".png"):  # what --plot leaves in the same folder
+        else:
             try:
                 gpt, sae, tokens, layer, _ = open_sae(name, given)
                 results[name] = evaluate(gpt, sae, tokens, layer)
@@ -1246,6 +1253,11 @@ def main(arguments=None):
         ensure(name not in given or os.getenv("WORLD_SIZE", "1") == "1",
                f"--{name} is for one process: run it without torchrun")
 
+    for name in ("evaluate", "plot", "compare"):
+        if name in given:  # out/* also names the figure that --plot leaves there
+            given[name] = [sae for sae in given[name] if not sae.endswith(".png")]
+            ensure(given[name], f"--{name}: no SAE is given")
+
     if "plot" in given:
         plot(given["plot"], f"{Path(given['plot'][0]).parent}/pareto.png")
     elif "evaluate" in given:
@@ -1256,7 +1268,7 @@ def main(arguments=None):
     elif "features" in given:
         name, *ids = given.pop("features")
         for i in ids:
-            ensure(i.isdigit(), f"--features {name} {i}: IDs are numbers from 0 on")
+            ensure(i.isdecimal(), f"--features {name} {i}: IDs are numbers from 0 on")
         *opened, config = open_sae(name, given)
         tokenizer = gpt2.load_tokenizer(config.model)
         page = features_page(*opened, tokenizer, name, [int(i) for i in ids])
@@ -1268,8 +1280,11 @@ def main(arguments=None):
         print(f"{path}: open it in a browser")
     else:
         resume = given.pop("resume", None)
-        config = resumed_config(resume, given) if resume else Config(**given)
-        train(config, resume=bool(resume))
+        config = Config(**given) if resume is None else resumed_config(resume, given)
+        try:
+            train(config, resume=resume is not None)
+        except torch._dynamo.exc.TorchDynamoException as error:  # often, no C++ compiler is found
+            raise UserError(f"torch.compile: {error}; --resume {config.out} --no-compile") from None
         print_table({config.out: read_json(f"{config.out}/eval.json")})
         print(f"next: python e2e_sae.py --features {config.out}\n"
               f"      python e2e_sae.py --evaluate {Path(config.out).parent}/*")

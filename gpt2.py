@@ -359,6 +359,8 @@ def download(url, path, sha256=None):
     The file gets its name once its SHA-256 is right: `sha256`, else the one that the hub states. If
     several processes call this, one fetches and the others wait. UserError if it fails."""
     path = Path(path)
+    if path.exists():
+        return path
     part = Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = 0  # in a row, without a new byte
@@ -402,13 +404,15 @@ def fetch_rest(url, path, part, sha256):
             if content_range == f"bytes */{have}":
                 return sha256
             part.write_bytes(b"")  # `part` is too long: the next attempt starts anew
+        advice = f"put the file at {path} by hand"
+        ensure(answer.status_code not in (401, 403, 404),
+               f"{url}: {answer.status_code} {answer.reason}; {advice}, or check its name")
         answer.raise_for_status()
         if answer.status_code == 206 and not content_range.startswith(f"bytes {have}-"):
             raise requests.RequestException(f"got {content_range} instead of bytes {have}-")
 
         rest = int(answer.headers.get("Content-Length", 0))  # 0: not stated
         size = have + rest if answer.status_code == 206 else rest
-        advice = f"put the file at {path} by hand"
         ensure("html" not in answer.headers.get("Content-Type", ""),
                f"{url} answers with a web page, perhaps a login; {advice}")
         ensure(sha256, f"{url}: no SHA-256 is known, and the server states none; {advice}")
@@ -449,7 +453,7 @@ def writing(path):
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         if part.exists():
             part.unlink()
-        why = str(error).splitlines()[0]
+        why = " ".join(str(error).split())[:300]
         raise UserError(f"cannot write {path}: {why}; free space or write elsewhere") from None
 
 
