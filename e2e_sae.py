@@ -32,9 +32,9 @@ for what blocks[layer + 1:] read (not for what the last one writes), averaged ov
 sum of a token's features divided by d_model, averaged over tokens; it keeps most features at zero.
 λ (--sparsity) and β (--downstream) are weights that stay fixed during a run: the larger λ, the
 fewer features are active and the worse the output. `finish` (Karvonen 2025, arXiv 2503.17272)
-starts from a trained SAE (--init) and sets α = mse/kl anew at each step, as a constant without
-gradient, so that both terms have the same value. The factors 1/2 are as published; only the ratio
-of the weights matters, because Adam divides by the gradient's scale, except where it is clipped.
+starts from a trained SAE (--init) and sets α = mse/kl anew for each micro-batch, as a constant
+without gradient, so that both terms have the same value. The factors 1/2 are as published; only the
+ratio of the weights matters: Adam divides by the gradient's scale, except where it is clipped.
 
 On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
 token; CE increase is how much the model's next-token cross-entropy grows, in nats per token, when
@@ -145,8 +145,8 @@ class KLLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             c = h_clean[part]
             s = h_spliced[part]
-            # Logits are (vocab, pos) here: rows of an odd length, as 50,257 is, are slower. And
-            # y_hat is W c + W (s - c), not W s: so both have y's rounding error, and it cancels.
+            # Logits are (vocab, pos) here: rows of an odd length, as 50,257 is, are slower. y_hat
+            # is W c + W (s - c), not W s: y's rounding error is in both and cancels between them.
             y = (unembedding @ c.T).to(c.dtype)  # back to float32 if autocast made it bfloat16
             y_hat = y + unembedding @ (s - c).T
             log_p = y.log_softmax(0)
@@ -297,8 +297,8 @@ def evaluate(gpt, sae, tokens, layer):
             value = np.array(value.tolist())  # float64, off the device
             totals[name] = totals.get(name, 0) + share * value
 
-    # Ablation puts the mean of x at every position. Attention over equal values returns that value
-    # and positions are known only from x: predictions are alike, a run over one position is enough.
+    # Ablation puts the mean of x at every position. Attention over equal values returns that value,
+    # so all positions stay equal, and a run over one of them is enough.
     last = run_blocks(gpt, mean[0], layer)[-1]  # (1, 1, d_model)
     log_m = gpt.unembed(last).log_softmax(-1).flatten()  # (vocab,)
     ce = totals["ce"]
@@ -406,12 +406,12 @@ class Config:
 
 def learning_rate(config, done):
     """The learning rate after `done` sequences: linear warm-up over the first twentieth, then half
-    a period of a cosine, from lr down to a tenth of it."""
+    a period of a cosine, from lr down to a tenth of it, where a batch beyond n_sequences stays."""
     warmup = config.n_sequences / 20
     if done < warmup:
         return config.lr * done / warmup
     fraction = (done - warmup) / (config.n_sequences - warmup)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * fraction))
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * min(fraction, 1)))
 
 
 def train(config, resume=False):
@@ -484,7 +484,7 @@ def train(config, resume=False):
             line = {"step": step}
             line |= dict(zip(["loss"] + list(terms), sums.tolist()))
             line |= {"lr": lr, "grad_norm": grad_norm.item()}
-            report(line, log, last_log, n_steps, config, signals)
+            report(line, log, last_log, n_steps, config, signals)  # a closed stdout is a signal
             last_log = (step, time.time())
             stop = agree(signals, world, config.device)
             due = time.time() - last_save >= 60 * config.checkpoint_minutes
@@ -536,7 +536,10 @@ def check_ranges(config, sizes):
 
 
 def check_start(config, world, resume):
-    """Raise UserError if a process has no sequence or no GPU, or a new run's folder exists."""
+    """Raise UserError if a process has no sequence or no GPU, a new run's folder exists, or there
+    is no SAE to fine-tune."""
+    ensure(config.init or config.loss != "finish",
+           "--loss finish fine-tunes an SAE: give one with --init")
     ensure(world <= config.batch_size,
            f"--batch-size {config.batch_size}: each of {world} processes needs a sequence")
     local_rank = int(os.getenv("LOCAL_RANK", 0))
@@ -759,8 +762,8 @@ def load_sae(path_or_name, layer=None):
         sae = SAE(*weights["W_enc"].shape)
     with reading(path):
         for name, weight in weights.items():
-            weight = gpt2.finite_float32(name, weight)  # scale_features may have made it infinite
-            weights[name] = weight.contiguous()
+            # From float64, so what is too large for float32 becomes infinite, and is refused
+            weights[name] = gpt2.finite_float32(name, weight).contiguous()
         sae.load_state_dict(weights, assign=True)
     sae.made_for = made_for
     return sae
@@ -798,8 +801,8 @@ def read_saelens(folder):
     with reading(folder / "cfg.json"):
         made_for, centred, subtract_b_dec = read_cfg(cfg)
     if not centred:
-        note(f"{folder}: its cfg.json says that it was trained on a residual stream whose mean was "
-             "not removed (or an older version of this file wrote it); here the mean is removed")
+        note(f"{folder}: by its cfg.json, it was trained on a residual stream whose mean was not "
+             "removed (or an older version of this file wrote it); here the mean is removed")
     tensors = gpt2.read_safetensors(folder / "sae_weights.safetensors")
     with reading(folder / "sae_weights.safetensors"):
         factor = tensors.pop("scaling_factor", torch.ones(1))
@@ -822,7 +825,7 @@ def read_cfg(cfg):
     metadata = cfg if flat else cfg["metadata"]
     gpt2.check_entries(cfg, COMPUTED)
     gpt2.check_entries(metadata, COMPUTED)
-    if not flat:  # the flat layout and metadata also hold the training's settings, of any name
+    if not flat:  # only here is each name known: the other two also hold training settings
         known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "metadata"}
         for name in cfg.keys() - known - COMPUTED.keys():
             ensure(cfg[name] in OFF, f"{name} is {cfg[name]!r}")
@@ -891,7 +894,7 @@ def plot(folders, path):
     import matplotlib.pyplot as plt
 
     lines = {}  # (n_features, loss, seed): the runs with different λ
-    sizes = {}  # n_features: how many runs
+    sizes = []  # n_features of each run
     for folder in folders:
         ensure(os.path.exists(f"{folder}/eval.json"),
                f"{folder} has no eval.json: if it is a run that was stopped, --resume {folder}")
@@ -899,12 +902,12 @@ def plot(folders, path):
         point = (run["l0"], run["ce_increase"])
         ensure(min(point) > 0, f"{folder}: L0 or CE increase is not above 0; axes are logarithmic")
         n_features = run["n_features"]
-        sizes[n_features] = sizes.get(n_features, 0) + 1
+        sizes.append(n_features)
         points = lines.setdefault((n_features, run["loss"], run["seed"]), [])
         points.append(point)
     for points in lines.values():
         points.sort()
-    usual = max(sizes, key=sizes.get)
+    usual = max(sizes, key=sizes.count)
 
     several = {key: points for key, points in lines.items() if len(points) > 1}  # with several λ
     n_panels = 1
@@ -918,9 +921,12 @@ def plot(folders, path):
     if n_panels == 2:
         l0, curves = at_equal_l0(several)
         draw(panels[1], curves, "dictionary elements", f"at L0 {l0:.1f}, interpolated")
-        panels[1].set_xticks(sorted(sizes))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        panels[1].set_xticks(sorted(set(sizes)))
+    legend = {}  # of both panels, each line once
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        legend |= zip(labels, handles)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
     with writing(path) as file:
         plt.savefig(file, dpi=150)
     print(f"{len(folders)} runs drawn in {path}")
@@ -934,8 +940,8 @@ def draw(panel, curves, x_label, title):
         x, y = zip(*points)
         panel.plot(x, y, color=colors[loss], marker=markers[seed % 4], markersize=5,
                    label=f"{loss}, seed {seed}")
-    panel.set(xscale="log", yscale="log", xlabel=x_label, title=title)
-    panel.set_ylabel("CE increase, nats per token")
+    panel.set(xscale="log", yscale="log", title=title,
+              xlabel=x_label, ylabel="CE increase, nats per token")
     for axis in (panel.xaxis, panel.yaxis):
         axis.get_major_locator().set_params(subs=(1, 2, 5))
         axis.set_major_formatter("{x:,g}")
@@ -1033,7 +1039,7 @@ def compare(opened):
     widths = {elements.shape[1] for _, elements in alive.values()}
     ensure(len(widths) == 1, f"--compare: the SAEs have different d_model: {sorted(widths)}")
 
-    torch.manual_seed(2**31)  # higher than any run's, whose start would be drawn again
+    torch.manual_seed(2**31)  # no run's: random directions must not equal an SAE's initial ones
     print(f"{'elements of':<30}{'nearest among those of':<30}{'cosine':>8}{'chance':>8}{'same':>8}")
     names = list(alive)
     for i, one in enumerate(names):
@@ -1057,9 +1063,8 @@ high, dictionaries are similar because they started the same: compare runs of di
 def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
     """A page of HTML on the features `ids`, or else on the 100 with the largest effect on `tokens`
     (sequence, pos)."""
-    counts = firing_counts(gpt, sae, tokens, layer)
-    ensure(counts.any(), f"{title}: no feature is active on the held-out text")
     effect = effects(gpt, sae, tokens, layer)
+    ensure(effect.any(), f"{title}: no feature is active on the held-out text")
     if not ids:
         ids = effect.argsort(descending=True)[:100].tolist()
     highest = len(effect) - 1
@@ -1077,7 +1082,7 @@ def features_page(gpt, sae, tokens, layer, tokenizer, title, ids=None):
         similar = (dictionary @ dictionary[feature]).argsort(descending=True)
         near = [i for i in similar[:4].tolist() if i != feature]
         share = effect[feature] / effect.sum()
-        often = counts[feature] / tokens.numel()
+        often = active.count_nonzero() / tokens.numel()
         body.append(heading_html(feature, share, often, near, ids))
         for context in contexts(gpt, sae, tokens, layer, feature, active):
             body.append(context_html(context, tokenizer))
@@ -1182,11 +1187,13 @@ def token_html(token, tokenizer):
 def open_sae(name, given):
     """A trained SAE with its GPT-2, held-out tokens (sequence, pos) and layer, on one device, and
     its settings. If `name` is a run's folder, text and n_eval default to that run's."""
-    settings = {"init": name}
+    settings = {}
     if os.path.exists(f"{name}/config.json"):
         run = read_json(f"{name}/config.json")
-        settings |= {key: run[key] for key in ("text", "n_eval") if key in run}
-    config = Config(**settings | given)
+        settings = {key: run[key] for key in ("text", "n_eval") if key in run}
+    settings |= given
+    settings["init"] = name  # a Config that starts from the SAE has its model and layer
+    config = Config(**settings)
     gpt, sae = set_up(config)
     tokens = torch.from_numpy(data.held_out(config)).to(config.device)
     return gpt, sae, tokens, config.layer, config
@@ -1204,7 +1211,7 @@ def evaluate_all(names, given):
             try:
                 gpt, sae, tokens, layer, _ = open_sae(name, given)
                 results[name] = evaluate(gpt, sae, tokens, layer)
-            except (UserError, OSError) as error:
+            except (UserError, OSError, torch.OutOfMemoryError) as error:
                 failed.append(f"{name}: {error}")
     if results:
         print_table(results)
@@ -1215,7 +1222,7 @@ def resumed_config(out, given):
     """The Config of the run in the folder `out`. Only execution settings may be changed."""
     saved = read_json(f"{out}/config.json") | {"out": out}
     if "text" in given:
-        given["text"] = data.text_name(None, given["text"])
+        given["text"] = data.text_name(None, given["text"])  # as config.json has it
     for name, value in given.items():
         ensure(name in EXECUTION or value == saved.get(name),
                f"{flag(name)} {value}: the run in {out} has {saved.get(name)}; drop the flag")
@@ -1250,12 +1257,11 @@ def main(arguments=None):
                         help="make a page of the features that matter most, or of those given")
     given = vars(parser.parse_args(arguments))  # only the flags that were given
     for name in ("evaluate", "plot", "compare", "features"):
-        ensure(name not in given or os.getenv("WORLD_SIZE", "1") == "1",
-               f"--{name} is for one process: run it without torchrun")
-
-    for name in ("evaluate", "plot", "compare"):
-        if name in given:  # out/* also names the figure that --plot leaves there
-            given[name] = [sae for sae in given[name] if not sae.endswith(".png")]
+        if name in given:
+            ensure(os.getenv("WORLD_SIZE", "1") == "1",
+                   f"--{name} is for one process: run it without torchrun")
+            # out/* also names the figures and pages that --plot and --features leave there
+            given[name] = [sae for sae in given[name] if not sae.endswith((".png", ".html"))]
             ensure(given[name], f"--{name}: no SAE is given")
 
     if "plot" in given:
@@ -1284,7 +1290,8 @@ def main(arguments=None):
         try:
             train(config, resume=resume is not None)
         except torch._dynamo.exc.TorchDynamoException as error:  # often, no C++ compiler is found
-            raise UserError(f"torch.compile: {error}; --resume {config.out} --no-compile") from None
+            raise UserError(f"use --resume {config.out} --no-compile: torch.compile fails: {error}"
+                            ) from None
         print_table({config.out: read_json(f"{config.out}/eval.json")})
         print(f"next: python e2e_sae.py --features {config.out}\n"
               f"      python e2e_sae.py --evaluate {Path(config.out).parent}/*")

@@ -394,7 +394,7 @@ def fetch_rest(url, path, part, sha256):
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     with requests.get(url, headers=headers, stream=True, timeout=(4, 30)) as answer:
         stated_size = None
-        for hop in answer.history + [answer]:  # hash and size stand in the answer that redirects
+        for hop in answer.history + [answer]:  # the one that redirects states hash and size
             etag = hop.headers.get("X-Linked-Etag", "").strip('"')
             if re.fullmatch("[0-9a-f]{64}", etag):  # 40 digits are git's SHA-1, of a small file
                 sha256 = sha256 or etag
@@ -403,7 +403,7 @@ def fetch_rest(url, path, part, sha256):
         if answer.status_code == 416:  # the file is no longer than `have`
             if content_range == f"bytes */{have}":
                 return sha256
-            part.write_bytes(b"")  # `part` is too long: the next attempt starts anew
+            part.write_bytes(b"")  # too long: raise_for_status raises, the next attempt starts anew
         advice = f"put the file at {path} by hand"
         ensure(answer.status_code not in (401, 403, 404),
                f"{url}: {answer.status_code} {answer.reason}; {advice}, or check its name")
@@ -436,6 +436,8 @@ def reading(path):
                 ensure(file.read(19) != b"version https://git",
                        "it is a pointer of git-lfs; fetch the file with `git lfs pull`")
         yield
+    except torch.OutOfMemoryError:  # the file is not at fault
+        raise
     except Exception as error:  # which one depends on where the file is damaged
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot read {path}: {reason}; check or replace the file") from None
