@@ -36,9 +36,8 @@ starts from a trained SAE (--init) and sets α = mse/kl anew for each micro-batc
 without gradient, so that both terms have the same value. The factors 1/2 are as published; only the
 ratio of the weights matters: Adam divides by the gradient's scale, except where it is clipped.
 
-On the small model in data/stdlib/ (means of two seeds; L0 is the number of active features per
-token; CE increase is how much the model's next-token cross-entropy grows, in nats per token, when
-it reads x_hat instead of x):
+On the small model in data/stdlib/ (means of two seeds; L0: active features per token; CE increase:
+how much next-token cross-entropy grows, in nats per token, when the model reads x_hat, not x):
 
     --loss     L0    CE increase    variance of x explained
     local      60           0.50                      79 %
@@ -62,6 +61,7 @@ import re
 import signal
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -379,6 +379,7 @@ class Config:
             self.fill_in(n_features=8 * sizes.n_embd)
             self.fill_in(sparsity=STDLIB_SPARSITY[self.loss], **STDLIB)
         elif self.model not in gpt2.SIZES:  # a folder: the middle layer, a context that it has
+            self.model = os.path.abspath(self.model)
             self.fill_in(layer=sizes.n_layer // 2)
             self.fill_in(context=min(1024, sizes.n_positions))
         self.fill_in(n_features=60 * sizes.n_embd)
@@ -390,7 +391,7 @@ class Config:
         self.fill_in(device="cuda" if torch.cuda.is_available() else "cpu")
         on_cuda = self.device == "cuda"
         self.fill_in(dtype="bfloat16" if on_cuda else "float32", compile=on_cuda)
-        name = Path(self.model).resolve().name
+        name = os.path.basename(self.model)
         self.fill_in(out=f"out/{name}-layer{self.layer}-{self.loss}")
         self.text = data.text_name(self.model, self.text)  # the model's own, or an absolute path
         check_ranges(self, sizes)
@@ -436,14 +437,13 @@ def train(config, resume=False):
     eval_tokens = data.held_out(config)  # already now, so that an unfit text fails at the start
     order = np.random.default_rng(config.seed).permutation(len(text))
     n_steps = math.ceil(config.n_sequences / config.batch_size)
-    step, log_size = restore(checkpoint, config, text.size, sae, optimizer)
+    fingerprint = zlib.crc32(text)
+    step, log_size = restore(checkpoint, config, fingerprint, sae, optimizer)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     loss_function = torch.compile(compute_loss, fullgraph=True, disable=not config.compile)
     autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    if rank == 0 and not resume:
-        write_json(f"{config.out}/config.json", vars(config))
 
-    with open_log(config.out, rank, log_size) as log, catch_signals(world) as signals:
+    with open_log(config, rank, resume, log_size) as log, catch_signals(world) as signals:
         if rank == 0:
             print(describe(config), f"x {world}, from step {step:,} of {n_steps:,}")
         last_log = (step, time.time())
@@ -489,7 +489,7 @@ def train(config, resume=False):
             stop = agree(signals, world, config.device)
             due = time.time() - last_save >= 60 * config.checkpoint_minutes
             if rank == 0 and (stop or due or step == n_steps):
-                save_checkpoint(config.out, step, log, text.size, sae, optimizer)
+                save_checkpoint(config.out, step, log, fingerprint, sae, optimizer)
                 last_save = time.time()
             if stop:
                 leave(stop, step, config.out, rank, world)
@@ -508,9 +508,13 @@ def flag(name):
 
 
 def check_choices(config):
-    """Raise UserError for an empty setting, or an unknown loss or dtype."""
-    for name, value in vars(config).items():
-        ensure(value != "", f"{flag(name)} is empty: give a value, or leave it out")
+    """Raise UserError for an empty setting, one of another type, or an unknown loss or dtype."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        ensure(value != "", f"{flag(f.name)} is empty: give a value, or leave it out")
+        number = f.type is float and isinstance(value, int)
+        ensure(value is None or number or isinstance(value, f.type),
+               f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}")
     ensure(config.loss in PAPER_SPARSITY, f"--loss {config.loss}: local, e2e, e2e_ds or finish")
     ensure(config.dtype in (None, "float32", "bfloat16"),
            f"--dtype {config.dtype}: float32 or bfloat16")
@@ -536,8 +540,8 @@ def check_ranges(config, sizes):
 
 
 def check_start(config, world, resume):
-    """Raise UserError if a process has no sequence or no GPU, a new run's folder exists, or there
-    is no SAE to fine-tune."""
+    """Raise UserError if a process has no sequence or no GPU, a new run's folder is not empty, or
+    there is no SAE to fine-tune."""
     ensure(config.init or config.loss != "finish",
            "--loss finish fine-tunes an SAE: give one with --init")
     ensure(world <= config.batch_size,
@@ -546,8 +550,14 @@ def check_start(config, world, resume):
     n_gpus = torch.cuda.device_count()
     ensure(config.device != "cuda" or local_rank < n_gpus,
            f"torchrun --nproc-per-node: there are only {n_gpus} GPUs here")
-    ensure(resume or not os.path.exists(config.out),
-           f"{config.out} exists: --resume {config.out}, or choose another --out")
+    if not resume:
+        check_empty(config.out)
+
+
+def check_empty(out):
+    """Raise UserError if a folder exists and holds more than a lock."""
+    ensure(not os.path.exists(out) or set(os.listdir(out)) <= {".lock"},
+           f"{out} exists: --resume {out}, or choose another --out")
 
 
 def set_up(config, checkpoint=None):
@@ -642,23 +652,27 @@ def report(line, log, last, n_steps, config, signals):
 
 
 @contextmanager
-def open_log(out, rank, size):
-    """The run's log, cut to its size at the checkpoint, and a lock on the run's folder. Only rank 0
-    has them; the other processes get None."""
+def open_log(config, rank, resume, size):
+    """The run's log, cut to its size at the checkpoint, and a lock on the run's folder, in which a
+    new run's config.json is then written. Only rank 0 has them; the other processes get None."""
     if rank > 0:
         yield None
         return
-    path = f"{out}/log.jsonl"
-    with gpt2.lock(out, wait=False), open(path, "a", buffering=1) as log:
-        if os.path.getsize(path) > size:
-            log.truncate(size)
-        yield log
+    os.makedirs(config.out, exist_ok=True)
+    with gpt2.lock(config.out, wait=False):
+        if not resume:
+            check_empty(config.out)  # another process may have been faster
+            write_json(f"{config.out}/config.json", vars(config))
+        with open(f"{config.out}/log.jsonl", "a", buffering=1) as log:
+            if log.tell() > size:
+                log.truncate(size)
+            yield log
 
 
-def save_checkpoint(out, step, log, n_tokens, sae, optimizer):
-    """Write what a run needs to continue, atomically."""
+def save_checkpoint(out, step, log, fingerprint, sae, optimizer):
+    """Write what a run needs to continue, atomically. The fingerprint is its text's."""
     with writing(f"{out}/checkpoint.pt") as file:
-        torch.save({"step": step, "log_size": log.tell(), "n_tokens": n_tokens,
+        torch.save({"step": step, "log_size": log.tell(), "text": fingerprint,
                     "sae": sae.state_dict(), "optimizer": optimizer.state_dict()}, file)
 
 
@@ -671,15 +685,16 @@ def read_checkpoint(out):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def restore(checkpoint, config, n_tokens, sae, optimizer):
+def restore(checkpoint, config, fingerprint, sae, optimizer):
     """Put a checkpoint's state in place; return its step and the size of the log, or 0, 0."""
     if checkpoint is None:
         return 0, 0
-    ensure(n_tokens == checkpoint["n_tokens"], f"--text {config.text} has {n_tokens:,} tokens now; "
-           f"the run began with {checkpoint['n_tokens']:,} tokens")
     with reading(f"{config.out}/checkpoint.pt"):
         sae.load_state_dict(checkpoint["sae"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        same_text = checkpoint["text"] == fingerprint
+    ensure(same_text, f"--text {config.text} has changed since the run in {config.out} began: "
+           "restore it, or start a new run")
     return checkpoint["step"], checkpoint["log_size"]
 
 
@@ -797,6 +812,8 @@ def scale_features(weights, scale):
 
 def read_saelens(folder):
     """An SAE as SAELens writes it, in its layout of today or of 2024: (weights, made_for)."""
+    ensure((folder / "cfg.json").exists(), f"{folder} has no cfg.json: it is not an SAE, or a run "
+           f"that is not finished (continue it with --resume {folder})")
     cfg = read_json(folder / "cfg.json")
     with reading(folder / "cfg.json"):
         made_for, centred, subtract_b_dec = read_cfg(cfg)
@@ -839,9 +856,12 @@ def read_cfg(cfg):
     match = re.fullmatch(r"blocks\.([0-9]+)\.hook_resid_pre", hook)
     ensure(match, f"{key} is {hook!r} instead of 'blocks.N.hook_resid_pre'")
     model = metadata["model_name"]
+    context = metadata["context_size"]
+    ensure(isinstance(model, str) and isinstance(context, int),
+           f"model_name is {model!r}, context_size {context!r}")
     if model == "gpt2-small":
         model = "gpt2"
-    made_for = {"model": model, "layer": int(match[1]), "context": metadata["context_size"]}
+    made_for = {"model": model, "layer": int(match[1]), "context": context}
     kwargs = metadata.get("model_from_pretrained_kwargs") or {}
     ensure(isinstance(kwargs, dict), f"model_from_pretrained_kwargs is {kwargs!r}")
     centred = kwargs.get("center_writing_weights", flat)  # in the layout of 2024 it was the default
@@ -895,16 +915,20 @@ def plot(folders, path):
 
     lines = {}  # (n_features, loss, seed): the runs with different λ
     sizes = []  # n_features of each run
+    setups = set()
     for folder in folders:
         ensure(os.path.exists(f"{folder}/eval.json"),
                f"{folder} has no eval.json: if it is a run that was stopped, --resume {folder}")
         run = read_json(f"{folder}/config.json") | read_json(f"{folder}/eval.json")
-        point = (run["l0"], run["ce_increase"])
+        with reading(f"{folder}/eval.json"):
+            point = (run["l0"], run["ce_increase"])
+            setups.add((run["model"], run["layer"], run["text"]))
         ensure(min(point) > 0, f"{folder}: L0 or CE increase is not above 0; axes are logarithmic")
         n_features = run["n_features"]
         sizes.append(n_features)
         points = lines.setdefault((n_features, run["loss"], run["seed"]), [])
         points.append(point)
+    ensure(len(setups) == 1, f"--plot: runs must share model, layer and text: {sorted(setups)}")
     for points in lines.values():
         points.sort()
     usual = max(sizes, key=sizes.count)
@@ -1205,14 +1229,11 @@ def evaluate_all(names, given):
     results = {}
     failed = []
     for name in names:
-        if os.path.exists(f"{name}/log.jsonl") and not os.path.exists(f"{name}/cfg.json"):
-            print(f"{name} is not finished; continue it with --resume {name}")
-        else:
-            try:
-                gpt, sae, tokens, layer, _ = open_sae(name, given)
-                results[name] = evaluate(gpt, sae, tokens, layer)
-            except (UserError, OSError, torch.OutOfMemoryError) as error:
-                failed.append(f"{name}: {error}")
+        try:
+            gpt, sae, tokens, layer, _ = open_sae(name, given)
+            results[name] = evaluate(gpt, sae, tokens, layer)
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            failed.append(f"{name}: {error}")
     if results:
         print_table(results)
     ensure(not failed, "; ".join(failed))
@@ -1221,17 +1242,17 @@ def evaluate_all(names, given):
 def resumed_config(out, given):
     """The Config of the run in the folder `out`. Only execution settings may be changed."""
     saved = read_json(f"{out}/config.json") | {"out": out}
-    if "text" in given:
-        given["text"] = data.text_name(None, given["text"])  # as config.json has it
-    for name, value in given.items():
-        ensure(name in EXECUTION or value == saved.get(name),
-               f"{flag(name)} {value}: the run in {out} has {saved.get(name)}; drop the flag")
     if given.get("device") not in (None, saved.get("device")):
         saved |= {"dtype": None, "compile": None}  # the new device's defaults, unless given
     try:
-        return Config(**saved | given)
-    except TypeError as error:  # an unknown setting, or a value of another type
+        config = Config(**saved | given)
+    except TypeError as error:  # an unknown setting
         raise UserError(f"{out}/config.json: {error}") from None
+    for name, value in given.items():
+        ensure(name in EXECUTION or getattr(config, name) == saved.get(name),
+               f"{flag(name)} {value}: the run in {out} has {saved.get(name)}; drop the flag, or, "
+               f"if files have moved, edit {out}/config.json")
+    return config
 
 
 class Parser(argparse.ArgumentParser):

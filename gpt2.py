@@ -232,6 +232,7 @@ def load_tokenizer(name_or_folder):
 def read_vocab(folder):
     """The vocabulary of a model: (the file that holds it, {token: id}, merges or None). A merge is
     a pair of tokens, the earliest first. UserError for settings that GPT-2's tokenizer lacks."""
+    settings = {}
     path = folder / "tokenizer_config.json"
     if path.exists():
         settings = read_json(path)
@@ -240,6 +241,8 @@ def read_vocab(folder):
                 "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast",
                 "TokenizersBackend", None]})
             check_added(settings.get("added_tokens_decoder", {}).values())
+    ensure("added_tokens_decoder" in settings or not (folder / "added_tokens.json").exists(),
+           f"{folder}/added_tokens.json: an older form; save the tokenizer anew with transformers")
 
     path = folder / "tokenizer.json"
     if path.exists():  # all in one file; vocab.json and merges.txt are the older form
@@ -305,7 +308,7 @@ def run_command(main):
     except BrokenPipeError:
         discard_stdout()
         code = 1
-    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
         if os.getenv("RANK", "0") != "0":
             time.sleep(5)  # rank 0 has the same error and reports it; torchrun then ends this one
         print("error:", " ".join(str(error).split())[:1000], file=sys.stderr)
@@ -418,6 +421,8 @@ def fetch_rest(url, path, part, sha256):
         ensure(sha256, f"{url}: no SHA-256 is known, and the server states none; {advice}")
         ensure(not rest or stated_size in (None, str(size)),
                f"{url} sends {size} bytes instead of {stated_size}; {advice}")
+        if answer.status_code not in (200, 206) or 0 < size < have:  # not the file: keep `part`
+            raise requests.RequestException(f"got {answer.status_code} with {rest} bytes")
         print(f"fetching {url}, {size:,} bytes", file=sys.stderr)
         chunks = progress(answer.iter_content(1 << 18), f"fetching {url}", rest, "bytes")
         mode = "ab" if answer.status_code == 206 else "wb"  # 200: all of it, Range is ignored

@@ -34,7 +34,8 @@ def load_tokens(model, split, text=None):
 
     text: "openwebtext" (fetched on first use) or "stdlib" (the source of the running Python's
     library), or a path: a UTF-8 file or a folder of such files, the last 5 % of whose tokens are
-    "val", or a folder with train.bin and val.bin (uint16). UserError if it is none of these.
+    "val", or a folder with train.bin and val.bin (uint16). UserError if it is none of these. Files
+    are read once in a process, and split into documents at each <|endoftext|>.
     """
     from data import openwebtext, stdlib  # here: `python -m data.stdlib` would import it twice
 
@@ -46,7 +47,7 @@ def load_tokens(model, split, text=None):
         folder = openwebtext.prepare()  # which makes train.bin and val.bin
     if text == "stdlib":
         tokens = encode(model, list(stdlib.read_files(split).values()))
-    elif (folder / "train.bin").exists() and (folder / "val.bin").exists():
+    elif (folder / "train.bin").exists():
         with reading(folder / f"{split}.bin"):  # fails if the file is empty or its size is odd
             tokens = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
     else:
@@ -94,7 +95,7 @@ def encode_files(model, path):
         with reading(file):
             document = file.read_bytes().decode("utf-8")
             ensure("\0" not in document, "it is not text")
-            documents.append(document)
+            documents += document.split(gpt2.END_OF_TEXT)  # where the file itself separates them
     return encode(model, documents)
 
 
@@ -102,16 +103,14 @@ def encode(model, documents):
     """Token ids of documents (a list of strings), joined by end-of-text: a 1-D array."""
     tokenizer = load_tokenizer(model)
     separator = end_of_text(model, tokenizer)
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     parts = []
-    total = sum(len(document) for document in documents)
+    total = sum(map(len, documents))
     for document in progress(documents, "encoding", total, "characters"):
         cut = list(pieces(document))
         for first in range(0, len(cut), 64):  # a list of ids takes ten times the array's memory
-            batch = cut[first : first + 64]
-            for ids in tokenizer.encode_ordinary_batch(batch):
-                parts.append(np.array(ids, dtype))
-        parts.append(np.array([separator], dtype))
+            for ids in tokenizer.encode_ordinary_batch(cut[first : first + 64]):
+                parts.append(np.array(ids, np.uint32))
+        parts.append(np.array([separator], np.uint32))
     return np.concatenate(parts)[:-1]
 
 

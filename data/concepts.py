@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import e2e_sae
-from data import windows
+from data import end_of_text, windows
 from data.stdlib import read_files
 from gpt2 import GPT, ensure, load_tokenizer, run_command
 
@@ -187,9 +187,11 @@ def concepts(source):
     return marks
 
 
-def labelled_tokens(tokenizer):
+def labelled_tokens(model):
     """The held-out text as token ids (n,), and which concepts hold at each token's last byte:
     {concept: bool (n,)}, the rarest concept first."""
+    tokenizer = load_tokenizer(model)
+    separator = end_of_text(model, tokenizer)
     ids = []
     places = defaultdict(list)  # concept: indices in `ids`
     for source in read_files("val").values():
@@ -202,7 +204,7 @@ def labelled_tokens(tokenizer):
         last = np.cumsum(lengths) - 1
         for concept, holds in marks.items():
             places[concept].extend(len(ids) + np.flatnonzero(holds[last]))
-        ids += tokens + [tokenizer.eot_token]
+        ids += tokens + [separator]
     labels = {}
     for concept in sorted(places, key=lambda concept: len(places[concept])):
         labels[concept] = np.isin(np.arange(len(ids)), places[concept])
@@ -304,7 +306,7 @@ def print_concepts(names):
     first = saes[names[0]]
     same = all(sae.made_for == first.made_for for sae in saes.values())
     ensure(same, f"{names}: give SAEs of one model, layer and context")
-    tokens, labels = labelled_tokens(load_tokenizer(first.made_for["model"]))
+    tokens, labels = labelled_tokens(first.made_for["model"])
     x = residual_stream(tokens, **first.made_for)
     truth = np.stack(list(labels.values()))[:, : len(x)]  # (concept, token)
 

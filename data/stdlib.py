@@ -1,6 +1,6 @@
 """The embedded model: a small GPT-2 trained on the source of Python's standard library.
 
-    python -m data.stdlib          # makes data/stdlib/ again, from nothing: tokenizer and model
+    python -m data.stdlib          # makes it again, from nothing, in data/stdlib-new/
 
 The text is not in the repository: it is the standard library of the Python that runs this, without
 tests and tables. A hash of its name puts a file in train or val, the same in all Python versions.
@@ -243,6 +243,8 @@ def validation_loss(gpt, tokens):
 def make(folder, steps):
     """Make the tokenizer and the model in `folder`, from nothing; print the model's loss."""
     ensure(steps > 0, f"--steps {steps}: must be at least 1")
+    path = folder / "model.safetensors"
+    ensure(not path.exists(), f"{path} exists: choose another --folder")
     write_tokenizer(train_bpe(read_files("train").values(), VOCAB_SIZE), folder)
     train = load_tokens(folder, "train")
     save_model(train_model(train, CONFIG, steps), train, folder)
@@ -253,7 +255,7 @@ def make(folder, steps):
 def main():
     """Read the command line and make the model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--folder", type=Path, default=gpt2.DATA / "stdlib", help="for the files")
+    parser.add_argument("--folder", type=Path, default="data/stdlib-new", help="for the files")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training (default: {STEPS})")
     make(**vars(parser.parse_args()))
 
