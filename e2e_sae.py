@@ -1077,7 +1077,7 @@ def compare(opened):
             same = (other_index[rows] == index).float()
             print(f"{one[-29:]:<30}{other[-29:]:<30}{cosine.mean():8.3f}{chance.mean():8.3f}"
                   f"{same.mean():8.1%}")
-    print("""cosine: the highest cosine similarity of an alive element with any other element, averaged.
+    print("""cosine: the highest cosine similarity of an alive element with any other, averaged.
 chance: the same against equally many random directions. same: nearest elements with the same index.
 Where that is high, dictionaries are similar because they started the same: compare runs of
 different --seed.""")
