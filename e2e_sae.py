@@ -41,7 +41,7 @@ how much next-token cross-entropy grows, in nats per token, when the model reads
 
     --loss     L0    CE increase    variance of x explained
     local      60           0.50                      79 %
-    e2e        54           0.20                      44 %
+    e2e        54           0.21                      44 %
     e2e_ds     56           0.21                      71 %
 
 Use e2e if only the model's output counts, e2e_ds to keep later activations near the clean ones,
@@ -910,7 +910,7 @@ def print_table(results):
 
 def plot(folders, path):
     """Draw runs: CE increase against L0, a line per loss and seed, at the dictionary size that most
-    of them have. If sizes differ, also CE increase at one L0 against the number of elements."""
+    of them have (of equals, the first). If sizes differ, also CE increase at one L0 against size."""
     import matplotlib.pyplot as plt
 
     lines = {}  # (n_features, loss, seed): the runs with different λ
