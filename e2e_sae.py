@@ -910,7 +910,7 @@ def print_table(results):
 
 def plot(folders, path):
     """Draw runs: CE increase against L0, a line per loss and seed, at the dictionary size that most
-    of them have (of equals, the first). If sizes differ, also CE increase at one L0 against size."""
+    of them have (of equals, the first). If sizes differ, CE increase at one L0 by size, too."""
     import matplotlib.pyplot as plt
 
     lines = {}  # (n_features, loss, seed): the runs with different λ
@@ -994,13 +994,13 @@ def at_equal_l0(lines):
 
 
 @torch.no_grad()
-def firing_counts(gpt, sae, tokens, layer):
-    """At how many of the tokens (sequence, pos) each feature is active: (n_features,)."""
+def alive_features(gpt, sae, tokens, layer):
+    """The indices of the features that are active at least once on tokens (sequence, pos)."""
     counts = 0
     for batch in tokens.split(4):
         features = sae.encode(entering(gpt, batch, layer))
         counts += (features > 0).sum((0, 1))
-    return counts
+    return counts.nonzero()[:, 0]
 
 
 def effects(gpt, sae, tokens, layer):
@@ -1056,8 +1056,7 @@ def compare(opened):
     """Print how similar each pair of dictionaries is; opened: {name: (gpt, sae, tokens, layer)}."""
     alive = {}  # of each SAE: the indices of its alive elements, and these elements
     for name, (gpt, sae, tokens, layer) in opened.items():
-        counts = firing_counts(gpt, sae, tokens, layer)
-        index = counts.nonzero()[:, 0]
+        index = alive_features(gpt, sae, tokens, layer)
         ensure(len(index) > 1, f"{name}: fewer than two features are active on the held-out text")
         alive[name] = (index, sae.dictionary[index])
     widths = {elements.shape[1] for _, elements in alive.values()}
